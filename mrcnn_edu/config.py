@@ -1,0 +1,466 @@
+"""Every number of a run, in frozen dataclasses: ``ModelConfig``, ``DataConfig``, ``TrainConfig``, and named presets.
+
+Chapter 12 (the whole model) and Chapter 13 (training). Paper: Sections 3.1 and 5, Appendices A and B.
+
+Each field says its unit and, where it is not obvious, its source. Values are checked when they are set, so a mistake
+is reported where it was made. A preset states only what differs from the defaults.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the paper leaves open
+# ---------------------------------------------------------------------------------------------------------------------
+
+PixelRange = Literal[1, 255]
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """What the paper does not fix and every implementation decided for itself.
+
+    The defaults are the ``paper`` preset: the paper's words where it has some, the plainest choice where it has none.
+    """
+
+    # Pixels -------------------------------------------------------------------------------------------
+    channel_order: Literal["rgb", "bgr"] = "rgb"  # the order in which the network sees the three channels
+    pixel_range: PixelRange = 1  # the network sees 0..1 or 0..255; mean and std are in this range
+    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # in channel_order
+    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    # Backbone -----------------------------------------------------------------------------------------
+    stride_in: Literal["1x1", "3x3"] = "1x1"  # which conv of a bottleneck has the stride; 1x1 in He et al. [19]
+    frozen_norm_eps: float = 1e-5  # added to the variance of a frozen batch norm
+    # Anchors ------------------------------------------------------------------------------------------
+    anchor_rounding: Literal["none", "corners", "grid"] = "none"  # "corners": to whole pixels; "grid": as Detectron
+    anchor_stride: Literal["level", "image/grid"] = "level"  # "image/grid": height // rows, 61 instead of 64 at times
+    straddle: float | None = None  # anchors further outside the image than this (px) are not trained; None: all are
+    # Boxes --------------------------------------------------------------------------------------------
+    plus_one: bool = False  # widths are x2 - x1 + 1 in the box coder
+    proposal_min_size: float = 0.0  # proposals narrower than this (px) are dropped
+    detection_min_size: float = 0.0  # final boxes narrower than this (px) are dropped
+    crowd_overlap: float | None = 0.7  # negatives with this share inside a crowd region are ignored; None: crowd unused
+    # RoI features -------------------------------------------------------------------------------------
+    level_rule: Literal["plain", "inside", "outside"] = "plain"  # where level_epsilon stands: floor(4 + log2(s/224 + e)) + e
+    level_epsilon: float = 0.0
+    aligned: bool = True  # subtract the half pixel between a pixel's index and its centre
+    samples_per_bin: int = 2  # per side, so 2 means the paper's four points; 0 adapts to the bin's size
+    # Losses -------------------------------------------------------------------------------------------
+    rpn_box_beta: float = 1.0  # where smooth L1 turns from square to linear; 0 is plain L1
+    box_beta: float = 1.0
+    rpn_loss_divisor: Literal["sampled", "batch"] = "sampled"  # anchors really drawn, or rpn.batch_per_image x images
+    # Masks and keypoints ------------------------------------------------------------------------------
+    mask_target: Literal["binary", "soft", "polygon"] = "binary"  # half-covered cells, their coverage, or polygons drawn at M x M
+    mask_target_aligned: bool = True  # as ``aligned``, for cutting the target out of the ground-truth mask
+    paste: Literal["continuous", "integer"] = "continuous"  # "integer": boxes rounded to pixels after growing by (M+2)/M
+    keypoint_rois: Literal["visible", "all"] = "visible"  # positives that train the keypoint head
+    # Classes and optimiser ----------------------------------------------------------------------------
+    background: Literal["first", "last"] = "first"  # the background's place in *published* weights; here it is always 0
+    bias_lr_factor: float = 1.0  # learning rate of biases relative to weights
+    bias_decay: bool = True  # are biases subject to weight decay
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _require(all(s > 0 for s in self.pixel_std), self, "pixel_std", "three positive numbers")
+        _require(self.samples_per_bin >= 0, self, "samples_per_bin", "0 (adaptive) or a positive number")
+        _require(self.rpn_box_beta >= 0, self, "rpn_box_beta", "at least 0")
+        _require(self.box_beta >= 0, self, "box_beta", "at least 0")
+        _require(self.frozen_norm_eps >= 0, self, "frozen_norm_eps", "at least 0")
+
+
+PAPER = Conventions()
+
+# Facebook's own Caffe2 code, released with the paper.
+DETECTRON1 = Conventions(
+    channel_order="bgr",
+    pixel_range=255,
+    pixel_mean=(102.9801, 115.9465, 122.7717),
+    pixel_std=(1.0, 1.0, 1.0),
+    anchor_rounding="grid",
+    straddle=0.0,
+    plus_one=True,
+    proposal_min_size=1.0,
+    level_rule="inside",
+    level_epsilon=1e-6,
+    aligned=False,
+    rpn_box_beta=1 / 9,
+    rpn_loss_divisor="batch",
+    mask_target="polygon",
+    paste="integer",
+    bias_lr_factor=2.0,
+    bias_decay=False,
+)
+
+DETECTRON2 = Conventions(
+    channel_order="bgr",
+    pixel_range=255,
+    pixel_mean=(103.53, 116.28, 123.675),
+    pixel_std=(1.0, 1.0, 1.0),
+    crowd_overlap=None,
+    level_rule="inside",
+    level_epsilon=1e-8,
+    samples_per_bin=0,
+    rpn_box_beta=0.0,
+    box_beta=0.0,
+    rpn_loss_divisor="batch",
+    mask_target="polygon",
+    background="last",
+)
+
+TORCHVISION = Conventions(
+    stride_in="3x3",
+    anchor_rounding="corners",
+    anchor_stride="image/grid",
+    proposal_min_size=1e-3,
+    detection_min_size=1e-2,
+    crowd_overlap=None,
+    level_rule="outside",
+    level_epsilon=1e-6,
+    aligned=False,
+    rpn_box_beta=1 / 9,
+    box_beta=1 / 9,
+    mask_target="soft",
+    mask_target_aligned=False,
+    paste="integer",
+    keypoint_rois="all",
+)
+
+CONVENTIONS = {"paper": PAPER, "detectron1": DETECTRON1, "detectron2": DETECTRON2, "torchvision": TORCHVISION}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+# ---------------------------------------------------------------------------------------------------------------------
+
+Architecture = Literal[
+    "resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152",
+    "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "resnext152_32x8d",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """ResNet or ResNeXt with a feature pyramid (Section 3, Network Architecture)."""
+
+    architecture: Architecture = "resnet50"
+    width: int = 64  # channels of the stem; each stage doubles it
+    stem: Literal["7x7", "3x3"] = "7x7"  # "7x7": conv and max pool (stride 4); "3x3": two 3x3 convs of stride 2
+    norm: Literal["frozen", "batch"] = "frozen"  # "frozen": statistics and affine part fixed, for pretrained weights
+    frozen_stages: int = 2  # 0: train everything, 1: freeze the stem, 2: the stem and c2, ... 5: up to c5
+    levels: tuple[str, ...] = ("p2", "p3", "p4", "p5", "p6")  # finest first; p6 is every second pixel of p5
+    channels: int = 256  # of every pyramid level
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _require(self.width >= 1, self, "width", "at least 1")
+        _require(0 <= self.frozen_stages <= 5, self, "frozen_stages", "0 to 5")
+        _require(self.channels >= 1, self, "channels", "at least 1")
+        known = ("p2", "p3", "p4", "p5", "p6")
+        run = self.levels and self.levels[0] in known and known[known.index(self.levels[0]) :][: len(self.levels)]
+        _require(bool(run) and tuple(run) == self.levels, self, "levels", "consecutive levels out of p2, p3, p4, p5, p6")
+        _require("p5" in self.levels, self, "levels", "a run of levels that includes p5")
+
+
+@dataclass(frozen=True)
+class RPNConfig:
+    """The region proposal network: anchors, matching, sampling and filtering (Section 3.1, after [36] and [27])."""
+
+    anchor_sizes: tuple[tuple[float, ...], ...] = ((32,), (64,), (128,), (256,), (512,))  # px, sqrt of the area, per level
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
+    positive_iou: float = 0.7  # anchors at or above are positives, as is each box's best anchor
+    negative_iou: float = 0.3  # anchors below are negatives
+    batch_per_image: int = 256  # anchors drawn per image for the loss
+    positive_fraction: float = 0.5  # at most, of those
+    pre_nms: tuple[int, int] = (2000, 1000)  # best anchors kept per level before NMS, in (training, inference)
+    post_nms: tuple[int, int] = (2000, 1000)  # proposals kept per image after NMS, in (training, inference)
+    nms_threshold: float = 0.7  # IoU, within one level
+
+    def __post_init__(self) -> None:
+        _require(all(s > 0 for sizes in self.anchor_sizes for s in sizes), self, "anchor_sizes", "positive pixel sizes")
+        _require(len(self.anchor_ratios) > 0 and all(r > 0 for r in self.anchor_ratios), self, "anchor_ratios", "positive ratios")
+        _require(0 <= self.negative_iou <= self.positive_iou <= 1, self, "negative_iou", "0 <= negative_iou <= positive_iou <= 1")
+        _require(self.batch_per_image >= 1, self, "batch_per_image", "at least 1")
+        _require(0 <= self.positive_fraction <= 1, self, "positive_fraction", "0 to 1")
+        _require(min(self.pre_nms) >= 1 and min(self.post_nms) >= 1, self, "pre_nms and post_nms", "counts of at least 1")
+        _require(0 <= self.nms_threshold <= 1, self, "nms_threshold", "0 to 1")
+
+
+RoILayer = Literal["roi_align", "roi_warp", "roi_pool"]
+
+
+@dataclass(frozen=True)
+class BoxHeadConfig:
+    """The second stage: sampling rois, classifying them and refining their boxes (Section 3.1, Figure 4 right)."""
+
+    rois_per_image: int = 512  # N in Section 3.1: 512 for FPN, 64 for C4
+    positive_fraction: float = 0.25  # positives : negatives of 1 : 3
+    positive_iou: float = 0.5
+    pooled_size: int = 7
+    layer: RoILayer = "roi_align"
+    fc: tuple[int, ...] = (1024, 1024)  # widths of the hidden fully connected layers
+    delta_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)  # of the box coder
+    score_threshold: float = 0.05  # detections below are dropped
+    nms_threshold: float = 0.5  # IoU, within one class
+    detections_per_image: int = 100
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _require(self.rois_per_image >= 1, self, "rois_per_image", "at least 1")
+        _require(0 <= self.positive_fraction <= 1, self, "positive_fraction", "0 to 1")
+        _require(0 <= self.positive_iou <= 1, self, "positive_iou", "0 to 1")
+        _require(self.pooled_size >= 1, self, "pooled_size", "at least 1")
+        _require(len(self.fc) >= 1 and all(w >= 1 for w in self.fc), self, "fc", "one or more positive widths")
+        _require(all(w > 0 for w in self.delta_weights), self, "delta_weights", "four positive numbers")
+        _require(0 <= self.score_threshold <= 1, self, "score_threshold", "0 to 1")
+        _require(0 <= self.nms_threshold <= 1, self, "nms_threshold", "0 to 1")
+        _require(self.detections_per_image >= 1, self, "detections_per_image", "at least 1")
+
+
+@dataclass(frozen=True)
+class MaskHeadConfig:
+    """The mask branch: a small fully convolutional network per roi (Section 3 and Figure 4 right)."""
+
+    pooled_size: int = 14
+    layer: RoILayer = "roi_align"
+    convs: tuple[int, ...] = (256, 256, 256, 256)  # widths of the 3x3 convs; the deconv keeps the last
+    rois_per_image: int | None = None  # at most so many positives train the branch; None: all of them
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _require(self.pooled_size >= 1, self, "pooled_size", "at least 1")
+        _require(len(self.convs) >= 1 and all(c >= 1 for c in self.convs), self, "convs", "one or more positive widths")
+        _require(self.rois_per_image is None or self.rois_per_image >= 1, self, "rois_per_image", "None or at least 1")
+
+
+@dataclass(frozen=True)
+class KeypointHeadConfig:
+    """The keypoint branch: a one-hot M x M map per joint (Section 5, Implementation Details)."""
+
+    joints: int = 17  # J
+    labels: tuple[int, ...] = ()  # the classes that have keypoints, out of 1..K; empty: all of them
+    pooled_size: int = 14
+    layer: RoILayer = "roi_align"
+    convs: tuple[int, ...] = (512,) * 8
+    rois_per_image: int | None = None  # at most so many positives train the branch; None: all of them
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _require(self.joints >= 1, self, "joints", "at least 1")
+        _require(all(label >= 1 for label in self.labels), self, "labels", "class labels of at least 1")
+        _require(self.pooled_size >= 1, self, "pooled_size", "at least 1")
+        _require(len(self.convs) >= 1 and all(c >= 1 for c in self.convs), self, "convs", "one or more positive widths")
+        _require(self.rois_per_image is None or self.rois_per_image >= 1, self, "rois_per_image", "None or at least 1")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model. ``models.mask_rcnn.build_model`` turns it into modules on one page."""
+
+    classes: int = 80  # K, foreground classes only
+    conventions: Conventions = PAPER
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    rpn: RPNConfig = field(default_factory=RPNConfig)
+    box: BoxHeadConfig = field(default_factory=BoxHeadConfig)
+    mask: MaskHeadConfig | None = field(default_factory=MaskHeadConfig)  # None: Faster R-CNN
+    keypoint: KeypointHeadConfig | None = None
+    head_norm: Literal["none", "batch"] = "none"  # batch norm after each conv of the pyramid and of the heads
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _require(self.classes >= 1, self, "classes", "at least 1 foreground class")
+        levels, sizes = len(self.backbone.levels), len(self.rpn.anchor_sizes)
+        if levels != sizes:
+            raise ValueError(
+                f"rpn.anchor_sizes needs one entry per backbone level, got {sizes} for the {levels} levels "
+                f"{', '.join(self.backbone.levels)}"
+            )
+        if self.keypoint is not None and any(label > self.classes for label in self.keypoint.labels):
+            raise ValueError(f"keypoint.labels must lie in 1..{self.classes}, got {self.keypoint.labels}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data and training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images are and how they are brought to size."""
+
+    train_images: str = ""  # folder of training images
+    train_annotations: str = ""  # COCO-format JSON file
+    val_images: str = ""  # folder of validation images
+    val_annotations: str = ""
+    min_size: tuple[int, ...] = (800,)  # px, shorter side; several: one is drawn per training image (scale jitter)
+    max_size: int = 1333  # px, longer side
+    test_size: int = 800  # px, shorter side at inference
+    flip: float = 0.5  # probability of mirroring a training image
+    channel_shuffle: float = 0.0  # probability of permuting its colour channels
+    workers: int = 2  # loader processes; 0 loads in the training process
+    strict: bool = True  # refuse an inconsistent annotation file; False drops the faulty parts and reports them
+
+    def __post_init__(self) -> None:
+        _require(len(self.min_size) >= 1 and min(self.min_size) >= 1, self, "min_size", "one or more positive sizes")
+        _require(self.max_size >= max(self.min_size), self, "max_size", "at least the largest min_size")
+        _require(1 <= self.test_size <= self.max_size, self, "test_size", "1 to max_size")
+        _require(0 <= self.flip <= 1, self, "flip", "a probability")
+        _require(0 <= self.channel_shuffle <= 1, self, "channel_shuffle", "a probability")
+        _require(self.workers >= 0, self, "workers", "0 or more")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the model is trained. The defaults are the paper's: 160k iterations of 16 images, 0.02 (Section 3.1)."""
+
+    iterations: int = 160_000
+    batch_size: int = 16  # images per iteration, over all processes
+    optimiser: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float = 0.02
+    momentum: float = 0.9  # of SGD
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    weight_decay: float = 1e-4
+    schedule: Literal["step", "cosine"] = "step"
+    steps: tuple[int, ...] = (120_000,)  # iterations at which "step" multiplies the rate by gamma
+    gamma: float = 0.1
+    warmup_iterations: int = 1000  # the paper states none; every released code has one
+    warmup_factor: float = 1e-3  # the rate starts at this share of itself
+    clip_norm: float | None = None  # the gradient's norm is cut to this
+    average: float = 0.0  # decay of a moving average of the weights, used for evaluation; 0: none
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast of the forward pass
+    channels_last: bool = True  # memory layout of images and weights
+    seed: int = 0
+    log_every: int = 20  # iterations
+    evaluate_every: int = 0  # iterations; 0: only at the end
+    validate_every: int = 0  # iterations between validation losses; 0: none
+    checkpoint_every: int = 2500  # iterations
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _require(self.iterations >= 1, self, "iterations", "at least 1")
+        _require(self.batch_size >= 1, self, "batch_size", "at least 1")
+        _require(0 < self.learning_rate < math.inf, self, "learning_rate", "a positive number")
+        _require(0 <= self.momentum < 1, self, "momentum", "0 <= momentum < 1")
+        _require(all(0 <= b < 1 for b in self.betas), self, "betas", "two numbers in [0, 1)")
+        _require(0 <= self.weight_decay < math.inf, self, "weight_decay", "at least 0")
+        _require(list(self.steps) == sorted(set(self.steps)), self, "steps", "increasing iterations")
+        _require(0 < self.gamma <= 1, self, "gamma", "0 < gamma <= 1")
+        _require(self.warmup_iterations >= 0, self, "warmup_iterations", "0 or more")
+        _require(0 < self.warmup_factor <= 1, self, "warmup_factor", "0 < factor <= 1")
+        _require(self.clip_norm is None or self.clip_norm > 0, self, "clip_norm", "None or a positive number")
+        _require(0 <= self.average < 1, self, "average", "0 (off) to below 1")
+        _require(self.log_every >= 1, self, "log_every", "at least 1")
+        for name in ("evaluate_every", "validate_every", "checkpoint_every"):
+            _require(getattr(self, name) >= 0, self, name, "0 (never) or a positive number")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run: a model, its data and its training."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Presets
+# ---------------------------------------------------------------------------------------------------------------------
+
+MODELS = {
+    "maskrcnn_resnet50_fpn": ModelConfig(),
+    "maskrcnn_resnet101_fpn": ModelConfig(backbone=BackboneConfig(architecture="resnet101")),
+    "maskrcnn_resnext101_32x8d_fpn": ModelConfig(backbone=BackboneConfig(architecture="resnext101_32x8d")),
+    "maskrcnn_resnext101_64x4d_fpn": ModelConfig(backbone=BackboneConfig(architecture="resnext101_64x4d")),
+    "fasterrcnn_resnet50_fpn": ModelConfig(mask=None),
+    "keypointrcnn_resnet50_fpn": ModelConfig(classes=1, mask=None, keypoint=KeypointHeadConfig()),
+    # Small enough to train from scratch on two cores in minutes: a ten-layer backbone, three levels, slim heads.
+    "maskrcnn_shapes": ModelConfig(
+        classes=6,
+        backbone=BackboneConfig(
+            architecture="resnet10", width=32, stem="3x3", norm="batch", frozen_stages=0, levels=("p3", "p4", "p5"), channels=64
+        ),
+        rpn=RPNConfig(anchor_sizes=((20,), (40,), (80,)), pre_nms=(200, 200), post_nms=(80, 80)),
+        box=BoxHeadConfig(rois_per_image=64, fc=(256, 256)),
+        mask=MaskHeadConfig(convs=(64, 64, 64), rois_per_image=12),
+        keypoint=KeypointHeadConfig(joints=7, labels=(6,), convs=(64, 64, 64), rois_per_image=12),
+        head_norm="batch",
+    ),
+}
+
+
+def model_config(name: str, conventions: str = "paper", **changes: Any) -> ModelConfig:
+    """A named model under named conventions, with top-level fields changed: ``model_config("...", classes=3)``.
+
+    Raises ValueError for an unknown name, naming the nearest right one.
+    """
+    chosen = lookup("conventions", CONVENTIONS, conventions)
+    return replace(lookup("model", MODELS, name), conventions=chosen, **changes)
+
+
+def lookup(kind: str, table: dict[str, Any], name: str) -> Any:
+    """``table[name]``, or a ValueError that names what there is and what was probably meant."""
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.4)
+    hint = f", did you mean {near[0]!r}?" if near else "."
+    raise ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(table)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# To and from JSON, and the checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def to_json(config: Any) -> dict[str, Any]:
+    """A config as plain dicts, lists, strings and numbers."""
+    return asdict(config)
+
+
+def from_json(kind: type, values: dict[str, Any], place: str = "config") -> Any:
+    """The config dataclass ``kind`` out of ``to_json``'s dict; unknown names are refused with the nearest right one."""
+    if not isinstance(values, dict):
+        raise TypeError(f"{place} must be an object with the fields of {kind.__name__}, got {type(values).__name__}")
+    known = {f.name: f for f in fields(kind)}
+    arguments = {}
+    for name, value in values.items():
+        lookup(f"field of {place}", known, name)
+        nested = _NESTED.get((kind, name))
+        if nested is not None and value is not None:
+            arguments[name] = from_json(nested, value, f"{place}.{name}")
+        else:
+            arguments[name] = _tuples(value)
+    return kind(**arguments)
+
+
+_NESTED = {
+    (Config, "model"): ModelConfig,
+    (Config, "data"): DataConfig,
+    (Config, "train"): TrainConfig,
+    (ModelConfig, "conventions"): Conventions,
+    (ModelConfig, "backbone"): BackboneConfig,
+    (ModelConfig, "rpn"): RPNConfig,
+    (ModelConfig, "box"): BoxHeadConfig,
+    (ModelConfig, "mask"): MaskHeadConfig,
+    (ModelConfig, "keypoint"): KeypointHeadConfig,
+}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _require(condition: bool, config: Any, name: str, allowed: str) -> None:
+    if not condition:
+        got = getattr(config, name, None) if " " not in name else ""
+        raise ValueError(f"{type(config).__name__}.{name} must be {allowed}, got {got!r}")
+
+
+def _check_choices(config: Any) -> None:
+    """Each Literal field must hold one of its choices; a type checker knows, a JSON file or a notebook does not."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
+            lookup(f"{type(config).__name__}.{name}", {str(c): c for c in get_args(hint)}, str(getattr(config, name)))
