@@ -13,6 +13,29 @@ import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+
+def lookup(kind: str, table: dict[str, Any], name: str) -> Any:
+    """``table[name]``, or a ValueError that names what there is and what was probably meant."""
+    if name in table:
+        return table[name]
+    near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.4)
+    hint = f", did you mean {near[0]!r}?" if near else "."
+    raise ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(table)}")
+
+
+def _require(condition: bool, config: Any, name: str, allowed: str) -> None:
+    if not condition:
+        got = getattr(config, name, None) if " " not in name else ""
+        raise ValueError(f"{type(config).__name__}.{name} must be {allowed}, got {got!r}")
+
+
+def _check_choices(config: Any) -> None:
+    """Each Literal field must hold one of its choices; a type checker knows, a JSON file or a notebook does not."""
+    for name, hint in get_type_hints(type(config)).items():
+        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
+            lookup(f"{type(config).__name__}.{name}", {str(c): c for c in get_args(hint)}, str(getattr(config, name)))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What the paper leaves open
 # ---------------------------------------------------------------------------------------------------------------------
@@ -45,7 +68,9 @@ class Conventions:
     detection_min_size: float = 0.0  # final boxes narrower than this (px) are dropped
     crowd_overlap: float | None = 0.7  # negatives with this share inside a crowd region are ignored; None: crowd unused
     # RoI features -------------------------------------------------------------------------------------
-    level_rule: Literal["plain", "inside", "outside"] = "plain"  # where level_epsilon stands: floor(4 + log2(s/224 + e)) + e
+    level_rule: Literal["plain", "inside", "outside"] = (
+        "plain"  # where level_epsilon stands: floor(4 + log2(s/224 + e)) + e
+    )
     level_epsilon: float = 0.0
     aligned: bool = True  # subtract the half pixel between a pixel's index and its centre
     samples_per_bin: int = 2  # per side, so 2 means the paper's four points; 0 adapts to the bin's size
@@ -54,9 +79,13 @@ class Conventions:
     box_beta: float = 1.0
     rpn_loss_divisor: Literal["sampled", "batch"] = "sampled"  # anchors really drawn, or rpn.batch_per_image x images
     # Masks and keypoints ------------------------------------------------------------------------------
-    mask_target: Literal["binary", "soft", "polygon"] = "binary"  # half-covered cells, their coverage, or polygons drawn at M x M
+    mask_target: Literal["binary", "soft", "polygon"] = (
+        "binary"  # half-covered cells, their coverage, or polygons drawn at M x M
+    )
     mask_target_aligned: bool = True  # as ``aligned``, for cutting the target out of the ground-truth mask
-    paste: Literal["continuous", "integer"] = "continuous"  # "integer": boxes rounded to pixels after growing by (M+2)/M
+    paste: Literal["continuous", "integer"] = (
+        "continuous"  # "integer": boxes rounded to pixels after growing by (M+2)/M
+    )
     keypoint_rois: Literal["visible", "all"] = "visible"  # positives that train the keypoint head
     # Classes and optimiser ----------------------------------------------------------------------------
     background: Literal["first", "last"] = "first"  # the background's place in *published* weights; here it is always 0
@@ -161,7 +190,9 @@ class BackboneConfig:
         _require(self.channels >= 1, self, "channels", "at least 1")
         known = ("p2", "p3", "p4", "p5", "p6")
         run = self.levels and self.levels[0] in known and known[known.index(self.levels[0]) :][: len(self.levels)]
-        _require(bool(run) and tuple(run) == self.levels, self, "levels", "consecutive levels out of p2, p3, p4, p5, p6")
+        _require(
+            bool(run) and tuple(run) == self.levels, self, "levels", "consecutive levels out of p2, p3, p4, p5, p6"
+        )
         _require("p5" in self.levels, self, "levels", "a run of levels that includes p5")
 
 
@@ -169,7 +200,13 @@ class BackboneConfig:
 class RPNConfig:
     """The region proposal network: anchors, matching, sampling and filtering (Section 3.1, after [36] and [27])."""
 
-    anchor_sizes: tuple[tuple[float, ...], ...] = ((32,), (64,), (128,), (256,), (512,))  # px, sqrt of the area, per level
+    anchor_sizes: tuple[tuple[float, ...], ...] = (
+        (32,),
+        (64,),
+        (128,),
+        (256,),
+        (512,),
+    )  # px, sqrt of the area, per level
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
     positive_iou: float = 0.7  # anchors at or above are positives, as is each box's best anchor
     negative_iou: float = 0.3  # anchors below are negatives
@@ -181,11 +218,23 @@ class RPNConfig:
 
     def __post_init__(self) -> None:
         _require(all(s > 0 for sizes in self.anchor_sizes for s in sizes), self, "anchor_sizes", "positive pixel sizes")
-        _require(len(self.anchor_ratios) > 0 and all(r > 0 for r in self.anchor_ratios), self, "anchor_ratios", "positive ratios")
-        _require(0 <= self.negative_iou <= self.positive_iou <= 1, self, "negative_iou", "0 <= negative_iou <= positive_iou <= 1")
+        _require(
+            len(self.anchor_ratios) > 0 and all(r > 0 for r in self.anchor_ratios),
+            self,
+            "anchor_ratios",
+            "positive ratios",
+        )
+        _require(
+            0 <= self.negative_iou <= self.positive_iou <= 1,
+            self,
+            "negative_iou",
+            "0 <= negative_iou <= positive_iou <= 1",
+        )
         _require(self.batch_per_image >= 1, self, "batch_per_image", "at least 1")
         _require(0 <= self.positive_fraction <= 1, self, "positive_fraction", "0 to 1")
-        _require(min(self.pre_nms) >= 1 and min(self.post_nms) >= 1, self, "pre_nms and post_nms", "counts of at least 1")
+        _require(
+            min(self.pre_nms) >= 1 and min(self.post_nms) >= 1, self, "pre_nms and post_nms", "counts of at least 1"
+        )
         _require(0 <= self.nms_threshold <= 1, self, "nms_threshold", "0 to 1")
 
 
@@ -381,7 +430,13 @@ MODELS = {
     "maskrcnn_shapes": ModelConfig(
         classes=6,
         backbone=BackboneConfig(
-            architecture="resnet10", width=32, stem="3x3", norm="batch", frozen_stages=0, levels=("p3", "p4", "p5"), channels=64
+            architecture="resnet10",
+            width=32,
+            stem="3x3",
+            norm="batch",
+            frozen_stages=0,
+            levels=("p3", "p4", "p5"),
+            channels=64,
         ),
         rpn=RPNConfig(anchor_sizes=((20,), (40,), (80,)), pre_nms=(200, 200), post_nms=(80, 80)),
         box=BoxHeadConfig(rois_per_image=64, fc=(256, 256)),
@@ -401,17 +456,8 @@ def model_config(name: str, conventions: str = "paper", **changes: Any) -> Model
     return replace(lookup("model", MODELS, name), conventions=chosen, **changes)
 
 
-def lookup(kind: str, table: dict[str, Any], name: str) -> Any:
-    """``table[name]``, or a ValueError that names what there is and what was probably meant."""
-    if name in table:
-        return table[name]
-    near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.4)
-    hint = f", did you mean {near[0]!r}?" if near else "."
-    raise ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(table)}")
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# To and from JSON, and the checks
+# To and from JSON
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -451,16 +497,3 @@ _NESTED = {
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
-
-
-def _require(condition: bool, config: Any, name: str, allowed: str) -> None:
-    if not condition:
-        got = getattr(config, name, None) if " " not in name else ""
-        raise ValueError(f"{type(config).__name__}.{name} must be {allowed}, got {got!r}")
-
-
-def _check_choices(config: Any) -> None:
-    """Each Literal field must hold one of its choices; a type checker knows, a JSON file or a notebook does not."""
-    for name, hint in get_type_hints(type(config)).items():
-        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
-            lookup(f"{type(config).__name__}.{name}", {str(c): c for c in get_args(hint)}, str(getattr(config, name)))

@@ -15,7 +15,9 @@ from mrcnn_edu.ops import roi_align
 MaskTarget = Literal["soft", "binary"]
 
 
-def crop_masks(masks: Tensor, boxes: Tensor, matched: Tensor, size: int, rule: MaskTarget = "binary", aligned: bool = True) -> Tensor:
+def crop_masks(
+    masks: Tensor, boxes: Tensor, matched: Tensor, size: int, rule: MaskTarget = "binary", aligned: bool = True
+) -> Tensor:
     """What each box sees of its instance, on an M x M grid: the training target of the mask head.
 
     masks    [N, H, W] bool, in the image

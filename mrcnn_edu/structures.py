@@ -54,7 +54,9 @@ class Rows:
     def __getitem__(self, rows: Tensor | slice | list[int]) -> Self:
         """The given rows (a slice, indices ``[n]`` int64 or a mask ``[N]`` bool) of every field, in that order."""
         if isinstance(rows, int):
-            raise TypeError(f"index rows with a slice, a list or a tensor, got the integer {rows}; use [{rows}:{rows + 1}]")
+            raise TypeError(
+                f"index rows with a slice, a list or a tensor, got the integer {rows}; use [{rows}:{rows + 1}]"
+            )
         return self._map(lambda value: value[rows])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
@@ -114,9 +116,7 @@ class ImageBatch:
         return replace(self, pixels=self.pixels.pin_memory())
 
     @classmethod
-    def collate(
-        cls, images: list[Tensor], original_sizes: list[Size] | None = None, multiple: int = 32
-    ) -> ImageBatch:
+    def collate(cls, images: list[Tensor], original_sizes: list[Size] | None = None, multiple: int = 32) -> ImageBatch:
         """Pad images to their common size, rounded up to a multiple.
 
         images          list of [3, h, w], float in [0, 1] or uint8 in 0..255 (divided by 255 here)
@@ -141,7 +141,9 @@ class ImageBatch:
 def check_image(image: Tensor, name: str = "image") -> None:
     """Refuse what is not one RGB image [3, H, W], float in [0, 1] or uint8, with a sentence naming the mend."""
     if not isinstance(image, Tensor):
-        raise TypeError(f"{name} must be a tensor [3, H, W], got {type(image).__name__}; data.coco.read_image reads files")
+        raise TypeError(
+            f"{name} must be a tensor [3, H, W], got {type(image).__name__}; data.coco.read_image reads files"
+        )
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"{name} must be RGB [3, H, W], got {list(image.shape)}; repeat a gray channel three times")
     if image.shape[1] < 1 or image.shape[2] < 1:
@@ -273,7 +275,9 @@ class Detections(Rows):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_shape("Detections.boxes", self.boxes, ("N", 4), torch.float32)
-        if self.mask_probs is not None and (self.mask_probs.ndim != 3 or self.mask_probs.shape[1] != self.mask_probs.shape[2]):
+        if self.mask_probs is not None and (
+            self.mask_probs.ndim != 3 or self.mask_probs.shape[1] != self.mask_probs.shape[2]
+        ):
             raise ValueError(f"Detections.mask_probs must be [N, M, M], got {list(self.mask_probs.shape)}")
 
     def to_dict(self, size: Size | None = None) -> dict[str, Tensor]:
@@ -290,7 +294,9 @@ class Detections(Rows):
             tensors["masks"] = paste_masks(mask_probs, self.boxes, size)[:, None]
         if self.keypoints is not None:
             tensors["keypoints_scores"] = self.keypoints[..., 2]
-            tensors["keypoints"] = torch.cat([self.keypoints[..., :2], torch.ones_like(self.keypoints[..., 2:])], dim=-1)
+            tensors["keypoints"] = torch.cat(
+                [self.keypoints[..., :2], torch.ones_like(self.keypoints[..., 2:])], dim=-1
+            )
         return tensors
 
     @classmethod
