@@ -33,14 +33,14 @@ def intersection(a: Tensor, b: Tensor) -> Tensor:
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union ``[N, M]`` in [0, 1] between boxes a ``[N, 4]`` and b ``[M, 4]``; 0 for two empty boxes."""
+    """Intersection over union ``[N, M]`` in [0, 1] of boxes a ``[N, 4]`` and b ``[M, 4]``; 0 for two empty boxes."""
     shared = intersection(a, b)
     union = area(a)[:, None] + area(b)[None, :] - shared
     return shared / torch.where(union > 0, union, torch.ones_like(union))
 
 
 def ioa(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over the area of a, ``[N, M]``: how much of each box of a ``[N, 4]`` lies inside each of b ``[M, 4]``."""
+    """Intersection over the area of a, ``[N, M]``: the share of each box of a ``[N, 4]`` inside each of b ``[M, 4]``."""
     own = area(a)[:, None]
     return intersection(a, b) / torch.where(own > 0, own, torch.ones_like(own))
 
@@ -54,7 +54,7 @@ def clip(boxes: Tensor, size: Size) -> Tensor:
 
 
 def wide_enough(boxes: Tensor, least: float) -> Tensor:
-    """Mask ``[N]`` bool of the boxes ``[N, 4]`` whose width and height are both at least ``least`` pixels; NaN is not."""
+    """Which boxes ``[N, 4]`` are at least ``least`` pixels wide and high, ``[N]`` bool; NaN is not."""
     return (boxes[:, 2] - boxes[:, 0] >= least) & (boxes[:, 3] - boxes[:, 1] >= least)
 
 

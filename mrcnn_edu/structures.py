@@ -301,7 +301,7 @@ class Detections(Rows):
 
     @classmethod
     def from_dict(cls, values: dict[str, Tensor], mask_size: int = 28) -> Detections:
-        """Detections from a torchvision-style dict; full-image masks are cropped to their boxes at M = ``mask_size``."""
+        """Detections from a torchvision-style dict; masks of the image are cropped to their boxes, M = ``mask_size``."""
         from mrcnn_edu.masks import crop_masks
 
         masks, keypoints, boxes = values.get("masks"), values.get("keypoints"), values["boxes"].to(torch.float32)
