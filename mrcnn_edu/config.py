@@ -11,7 +11,10 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+
+if TYPE_CHECKING:
+    from mrcnn_edu.data.coco import CategoryMap
 
 
 def lookup(kind: str, table: dict[str, Any], name: str) -> Any:
@@ -68,9 +71,7 @@ class Conventions:
     detection_min_size: float = 0.0  # final boxes narrower than this (px) are dropped
     crowd_overlap: float | None = 0.7  # negatives with this share inside a crowd region are ignored; None: crowd unused
     # RoI features -------------------------------------------------------------------------------------
-    level_rule: Literal["plain", "inside", "outside"] = (
-        "plain"  # where level_epsilon stands: floor(4 + log2(s/224 + e)) + e
-    )
+    level_rule: Literal["plain", "inside", "outside"] = "plain"  # place of epsilon: floor(4 + log2(s/224 + in)) + out
     level_epsilon: float = 0.0
     aligned: bool = True  # subtract the half pixel between a pixel's index and its centre
     samples_per_bin: int = 2  # per side, so 2 means the paper's four points; 0 adapts to the bin's size
@@ -79,13 +80,9 @@ class Conventions:
     box_beta: float = 1.0
     rpn_loss_divisor: Literal["sampled", "batch"] = "sampled"  # anchors really drawn, or rpn.batch_per_image x images
     # Masks and keypoints ------------------------------------------------------------------------------
-    mask_target: Literal["binary", "soft", "polygon"] = (
-        "binary"  # half-covered cells, their coverage, or polygons drawn at M x M
-    )
+    mask_target: Literal["binary", "soft", "polygon"] = "binary"  # cells half covered; coverage; polygons at M x M
     mask_target_aligned: bool = True  # as ``aligned``, for cutting the target out of the ground-truth mask
-    paste: Literal["continuous", "integer"] = (
-        "continuous"  # "integer": boxes rounded to pixels after growing by (M+2)/M
-    )
+    paste: Literal["continuous", "integer"] = "continuous"  # "integer": boxes grow by (M+2)/M, then are rounded
     keypoint_rois: Literal["visible", "all"] = "visible"  # positives that train the keypoint head
     # Classes and optimiser ----------------------------------------------------------------------------
     background: Literal["first", "last"] = "first"  # the background's place in *published* weights; here it is always 0
@@ -182,12 +179,14 @@ class BackboneConfig:
     frozen_stages: int = 2  # 0: train everything, 1: freeze the stem, 2: the stem and c2, ... 5: up to c5
     levels: tuple[str, ...] = ("p2", "p3", "p4", "p5", "p6")  # finest first; p6 is every second pixel of p5
     channels: int = 256  # of every pyramid level
+    roi_level_size: float = 224.0  # px; a roi of this size is read from p4, half of it from p3 (FPN [27], equation 1)
 
     def __post_init__(self) -> None:
         _check_choices(self)
         _require(self.width >= 1, self, "width", "at least 1")
         _require(0 <= self.frozen_stages <= 5, self, "frozen_stages", "0 to 5")
         _require(self.channels >= 1, self, "channels", "at least 1")
+        _require(self.roi_level_size > 0, self, "roi_level_size", "a positive number of pixels")
         known = ("p2", "p3", "p4", "p5", "p6")
         run = self.levels and self.levels[0] in known and known[known.index(self.levels[0]) :][: len(self.levels)]
         _require(
@@ -200,13 +199,7 @@ class BackboneConfig:
 class RPNConfig:
     """The region proposal network: anchors, matching, sampling and filtering (Section 3.1, after [36] and [27])."""
 
-    anchor_sizes: tuple[tuple[float, ...], ...] = (
-        (32,),
-        (64,),
-        (128,),
-        (256,),
-        (512,),
-    )  # px, sqrt of the area, per level
+    anchor_sizes: tuple[tuple[float, ...], ...] = ((32,), (64,), (128,), (256,), (512,))  # px, sqrt(area), per level
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
     positive_iou: float = 0.7  # anchors at or above are positives, as is each box's best anchor
     negative_iou: float = 0.3  # anchors below are negatives
@@ -384,6 +377,7 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 20  # iterations
     evaluate_every: int = 0  # iterations; 0: only at the end
+    norm_decay: bool = True  # are scales and shifts of normalisation layers subject to weight decay
     validate_every: int = 0  # iterations between validation losses; 0: none
     checkpoint_every: int = 2500  # iterations
 
@@ -445,6 +439,60 @@ MODELS = {
         head_norm="batch",
     ),
 }
+
+
+# A run by name, as a whole: the paper's schedule (the defaults) wherever nothing else is said.
+PRESETS = {name: Config(model) for name, model in MODELS.items()} | {
+    # Section 5, Implementation Details: shorter sides drawn from 640 to 800 px, 90k iterations.
+    "keypointrcnn_resnet50_fpn": Config(
+        model=MODELS["keypointrcnn_resnet50_fpn"],
+        data=DataConfig(min_size=(640, 672, 704, 736, 768, 800)),
+        train=TrainConfig(iterations=90_000, steps=(60_000, 80_000)),
+    ),
+    # What ``mrcnn-edu demo`` trains: minutes on two cores.
+    "maskrcnn_shapes": Config(
+        model=MODELS["maskrcnn_shapes"],
+        data=DataConfig(min_size=(160,), max_size=160, test_size=160, channel_shuffle=0.5, workers=1),
+        train=TrainConfig(
+            iterations=2270,
+            batch_size=4,
+            optimiser="adamw",
+            learning_rate=2e-3,
+            betas=(0.9, 0.98),
+            weight_decay=0.02,
+            schedule="cosine",
+            warmup_iterations=180,
+            clip_norm=5.0,
+            average=0.998,
+            precision="bf16",
+            checkpoint_every=500,
+        ),
+    ),
+}
+
+
+def preset(name: str, conventions: str = "paper", categories: CategoryMap | None = None) -> Config:
+    """A named run: model, data and training, under named conventions.
+
+    With the ``categories`` of a data set the model gets one class for each, and its keypoint branch (if it has one) one
+    joint per keypoint name; the branch is left out when no category has keypoints.
+
+    Raises ValueError for an unknown name, naming the nearest right one.
+    """
+    config = lookup("preset", PRESETS, name)
+    model = replace(config.model, conventions=lookup("conventions", CONVENTIONS, conventions))
+    return replace(config, model=model if categories is None else for_categories(model, categories))
+
+
+def for_categories(model: ModelConfig, categories: CategoryMap) -> ModelConfig:
+    """The model with one class per category, and with the keypoint branch that their keypoints need, or none."""
+    keypoint = model.keypoint
+    if keypoint is not None:
+        joints = {label: len(c.keypoints) for label, c in enumerate(categories.categories, start=1) if c.keypoints}
+        if len(set(joints.values())) > 1:
+            raise ValueError(f"one keypoint branch needs one number of joints, got (label: joints) {joints}")
+        keypoint = replace(keypoint, joints=next(iter(joints.values())), labels=tuple(joints)) if joints else None
+    return replace(model, classes=len(categories.categories), keypoint=keypoint)
 
 
 def model_config(name: str, conventions: str = "paper", **changes: Any) -> ModelConfig:
