@@ -40,7 +40,10 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def ioa(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over the area of a, ``[N, M]``: the share of each box of a ``[N, 4]`` inside each of b ``[M, 4]``."""
+    """Intersection over the area of a, ``[N, M]``: the share of each box of a ``[N, 4]`` inside each of b ``[M, 4]``.
+
+    An empty box has none of itself inside anything.
+    """
     own = area(a)[:, None]
     return intersection(a, b) / torch.where(own > 0, own, torch.ones_like(own))
 

@@ -365,6 +365,7 @@ class TrainConfig:
     momentum: float = 0.9  # of SGD
     betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
     weight_decay: float = 1e-4
+    norm_decay: bool = True  # are scales and shifts of normalisation layers subject to weight decay
     schedule: Literal["step", "cosine"] = "step"
     steps: tuple[int, ...] = (120_000,)  # iterations at which "step" multiplies the rate by gamma
     gamma: float = 0.1
@@ -377,7 +378,6 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 20  # iterations
     evaluate_every: int = 0  # iterations; 0: only at the end
-    norm_decay: bool = True  # are scales and shifts of normalisation layers subject to weight decay
     validate_every: int = 0  # iterations between validation losses; 0: none
     checkpoint_every: int = 2500  # iterations
 

@@ -225,6 +225,40 @@ class Target(Rows):
         )
 
 
+def check_target(target: Target, size: Size, classes: int, joints: int | None = None, name: str = "target") -> None:
+    """Refuse values no training should see: boxes not finite or without area, labels outside 1..K, masks too large or small.
+
+    size     (height, width) of the image the target belongs to, pixels
+    classes  K
+    joints   J of the model's keypoint head; None where it has none
+    name     what to call the target in the error
+
+    Raises TypeError or ValueError with the row and the value.
+    """
+    if not isinstance(target, Target):
+        raise TypeError(f"{name} must be a Target, got {type(target).__name__}; Target.from_dict converts dicts")
+    x1, y1, x2, y2 = target.boxes.unbind(1)
+    # A comparison with NaN is false, so "good" is what has to be shown
+    good = target.boxes.isfinite().all(dim=1) & (x2 > x1) & (y2 > y1)
+    if not good.all():
+        row = int((~good).nonzero()[0])
+        raise ValueError(
+            f"{name}.boxes[{row}] must be finite with x2 > x1 and y2 > y1, got {target.boxes[row].tolist()}; "
+            "drop the instance or mend its annotation"
+        )
+    if ((target.labels < 1) | (target.labels > classes)).any():
+        wrong = target.labels[(target.labels < 1) | (target.labels > classes)][0]
+        raise ValueError(f"{name}.labels must lie in 1..{classes} (0 is background), got {int(wrong)}")
+    if target.masks is not None and tuple(target.masks.shape[1:]) != tuple(size):
+        got = tuple(target.masks.shape[1:])
+        raise ValueError(f"{name}.masks must have the image's size {size[0]} x {size[1]}, got {got[0]} x {got[1]}")
+    if target.keypoints is not None:
+        if joints is not None and target.keypoints.shape[1] != joints:
+            raise ValueError(f"{name}.keypoints must have {joints} joints, got {target.keypoints.shape[1]}")
+        if not target.keypoints.isfinite().all():
+            raise ValueError(f"{name}.keypoints must be finite; mark unknown joints by v = 0 with any finite x and y")
+
+
 @dataclass(frozen=True, eq=False)
 class Proposals(Rows):
     """Class-free candidate boxes of one image, best first.
@@ -301,7 +335,7 @@ class Detections(Rows):
 
     @classmethod
     def from_dict(cls, values: dict[str, Tensor], mask_size: int = 28) -> Detections:
-        """Detections from a torchvision-style dict; masks of the image are cropped to their boxes, M = ``mask_size``."""
+        """Detections from a torchvision-style dict, its masks cropped to their boxes at M = ``mask_size``."""
         from mrcnn_edu.masks import crop_masks
 
         masks, keypoints, boxes = values.get("masks"), values.get("keypoints"), values["boxes"].to(torch.float32)

@@ -1,0 +1,66 @@
+"""The losses of both stages, as pure functions of tensors.
+
+Chapter 12 (the whole model and its losses). Paper: Section 3, ``L = L_cls + L_box + L_mask``, and Section 5.
+
+Where nothing can be learned (no positive, no visible joint) a loss is zero but still depends on the predictions, so
+that every parameter has a gradient and every process of a distributed run the same graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def objectness_loss(logits: Tensor, positive: Tensor, divisor: float) -> Tensor:
+    """Binary cross entropy of the drawn anchors.
+
+    logits    [S]
+    positive  [S] bool
+    divisor   the anchors to average over
+    """
+    return F.binary_cross_entropy_with_logits(logits.float(), positive.float(), reduction="sum") / divisor
+
+
+def box_loss(deltas: Tensor, target: Tensor, beta: float, divisor: float) -> Tensor:
+    """Smooth L1 between deltas ``[P, (dx, dy, dw, dh)]`` of positives: square below ``beta``, linear above; 0 is L1.
+
+    divisor  all drawn boxes, negatives too, so that images with few positives do not weigh more [12]
+    """
+    deltas = deltas.float()
+    if beta == 0:
+        return F.l1_loss(deltas, target, reduction="sum") / divisor
+    return F.smooth_l1_loss(deltas, target, beta=beta, reduction="sum") / divisor
+
+
+def classification_loss(class_logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy over K + 1 classes, ``class_logits [S, K + 1]`` and ``labels [S]`` in 0..K (0 is background)."""
+    if len(labels) == 0:
+        return 0 * class_logits.sum()
+    return F.cross_entropy(class_logits.float(), labels)
+
+
+def mask_loss(mask_logits: Tensor, target: Tensor, labels: Tensor) -> Tensor:
+    """Average binary cross entropy on the mask of each positive's own class; the other K - 1 masks do not contribute.
+
+    mask_logits  [P, K, M, M]
+    target       [P, M, M] in [0, 1]
+    labels       [P] in 1..K
+    """
+    if len(labels) == 0:
+        return 0 * mask_logits.sum()
+    own = mask_logits[torch.arange(len(labels), device=labels.device), labels - 1]  # [P, M, M]
+    return F.binary_cross_entropy_with_logits(own.float(), target)
+
+
+def keypoint_loss(keypoint_logits: Tensor, cells: Tensor, visible: Tensor) -> Tensor:
+    """Cross entropy of a softmax over the M * M cells, averaged over the visible joints (Section 5).
+
+    keypoint_logits  [P, J, M, M]
+    cells            [P, J] int64, the true cell, row * M + column
+    visible          [P, J] bool, joints that are labelled and inside their roi
+    """
+    if not visible.any():
+        return 0 * keypoint_logits.sum()
+    return F.cross_entropy(keypoint_logits.flatten(2)[visible].float(), cells[visible])

@@ -1,0 +1,78 @@
+"""Which ground truth each box answers for, and which boxes are drawn to train on.
+
+Chapter 5 (anchors, matching, sampling, box coding). Paper: Section 3.1, Training, after Fast and Faster R-CNN [12, 36].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mrcnn_edu.boxes import ioa
+from mrcnn_edu.structures import Target
+
+POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
+
+
+def match(iou: Tensor, positive: float, negative: float, keep_best: bool = False) -> tuple[Tensor, Tensor]:
+    """Each box's ground truth and whether it counts as positive, negative or neither.
+
+    iou        [G, N] in [0, 1] between G ground-truth boxes and N boxes
+    positive   boxes at or above are POSITIVE
+    negative   boxes below are NEGATIVE; those in between are IGNORED
+    keep_best  also make POSITIVE every box that some ground truth overlaps most, however little (ties included), so
+               that no object goes without an anchor
+    returns    matched [N] int64, the row of largest IoU; status [N] int64
+
+    With four boxes over one truth, ``match([[.8, .5, .1, 0]], .7, .3)`` gives statuses ``[1, -1, 0, 0]``.
+    """
+    if len(iou) == 0:
+        nothing = torch.zeros(iou.shape[1], dtype=torch.int64, device=iou.device)
+        return nothing, nothing + NEGATIVE
+    best, matched = iou.max(dim=0)  # [N]
+    status = torch.full_like(matched, IGNORED)
+    status[best < negative] = NEGATIVE
+    status[best >= positive] = POSITIVE
+    if keep_best:
+        most = iou.amax(dim=1, keepdim=True)  # [G, 1]
+        status[((iou == most) & (most > 0)).any(dim=0)] = POSITIVE
+    return matched, status
+
+
+def sample(
+    status: Tensor, count: int, positive_fraction: float, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """A random minibatch of positives and negatives.
+
+    status             [N] int64, POSITIVE, NEGATIVE or IGNORED
+    count              boxes to draw in all
+    positive_fraction  at most this share are positives; missing positives are replaced by negatives
+    returns            row indices of the positives and of the negatives, each increasing
+    """
+    positives, negatives = (status == POSITIVE).nonzero()[:, 0], (status == NEGATIVE).nonzero()[:, 0]
+    most = min(len(positives), int(count * positive_fraction))
+    positives = _draw(positives, most, generator)
+    return positives, _draw(negatives, min(len(negatives), count - most), generator)
+
+
+def _draw(rows: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
+    order = torch.randperm(len(rows), generator=generator, device=rows.device)
+    return rows[order[:count]].sort().values
+
+
+def split_crowd(target: Target) -> tuple[Target, Tensor]:
+    """The single instances of a target, and the boxes ``[M, 4]`` of its crowd regions."""
+    if target.crowd is None or not target.crowd.any():
+        return target, target.boxes[:0]
+    return target[~target.crowd], target.boxes[target.crowd]
+
+
+def ignore_crowd(status: Tensor, boxes: Tensor, crowd: Tensor, overlap: float | None) -> Tensor:
+    """``status [N]`` with those negatives ignored that lie to at least ``overlap`` of their area in a crowd region.
+
+    A crowd is many uncounted instances: what lies in it is no background. None leaves the status as it is.
+    """
+    if overlap is None or len(crowd) == 0:
+        return status
+    hidden = (ioa(boxes, crowd) >= overlap).any(dim=1)
+    return torch.where(hidden & (status == NEGATIVE), IGNORED, status)

@@ -1,0 +1,140 @@
+"""The box head: what is in this roi, and where exactly?
+
+Chapter 10 (Fast R-CNN's second stage). Paper: Section 3, Faster R-CNN, and Section 3.1; Figure 4, right.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mrcnn_edu import boxes as box_ops
+from mrcnn_edu.losses import box_loss, classification_loss
+from mrcnn_edu.matching import ignore_crowd, match, sample
+from mrcnn_edu.models.resnet import Norm
+from mrcnn_edu.ops import batched_nms
+from mrcnn_edu.structures import Detections, Proposals, Samples, Size, Target
+
+Weights = tuple[float, float, float, float]
+
+
+class BoxHead(nn.Module):
+    """Pooled features [R, C, P, P] to class logits [R, K + 1] and deltas [R, K, (dx, dy, dw, dh)].
+
+    Two hidden fully connected layers, then one linear layer for each output. Index 0 of the logits is background; the
+    deltas have one row per foreground class, label k in row k - 1.
+    """
+
+    def __init__(
+        self, channels: int, pooled_size: int, widths: tuple[int, ...], classes: int, norm: Norm | None = None
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Flatten()]
+        inputs = channels * pooled_size**2
+        for width in widths:
+            layers.append(nn.Linear(inputs, width, bias=norm is None))
+            layers += [norm(width), nn.ReLU()] if norm is not None else [nn.ReLU()]
+            inputs = width
+        self.hidden = nn.Sequential(*layers)
+        self.class_logits = nn.Linear(inputs, classes + 1)
+        self.deltas = nn.Linear(inputs, classes * 4)
+        for layer in self.hidden:
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_uniform_(layer.weight, a=1)
+        for layer, std in ((self.class_logits, 0.01), (self.deltas, 0.001)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.hidden(pooled)  # [R, 1024]
+        return self.class_logits(hidden), self.deltas(hidden).reshape(len(hidden), -1, 4)
+
+
+@torch.no_grad()
+def sample_rois(
+    proposals: Proposals,
+    target: Target,
+    crowd: Tensor,
+    count: int,
+    positive_fraction: float,
+    positive_iou: float,
+    crowd_overlap: float | None = None,
+) -> Samples:
+    """The rois one image trains the heads on: proposals and ground truth, a share of them positives.
+
+    target  single instances only; crowd holds the boxes [M, 4] of the image's crowd regions
+
+    The true boxes join the proposals so that a young RPN, which finds nothing yet, does not leave the heads without
+    positives.
+    """
+    boxes = torch.cat([proposals.boxes, target.boxes])
+    matched, status = match(box_ops.iou(target.boxes, boxes), positive_iou, positive_iou)
+    status = ignore_crowd(status, boxes, crowd, crowd_overlap)
+    positives, negatives = sample(status, count, positive_fraction)
+    rows = torch.cat([positives, negatives]).sort().values
+    labels = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
+    labels[positives] = target.labels[matched[positives]]
+    return Samples(boxes[rows], labels[rows], matched[rows])
+
+
+def box_head_losses(
+    class_logits: Tensor,
+    deltas: Tensor,
+    samples: list[Samples],
+    targets: list[Target],
+    weights: Weights,
+    beta: float,
+    plus_one: bool = False,
+) -> dict[str, Tensor]:
+    """The losses "classification" over all samples and "box" over the positives, each for its own class only.
+
+    class_logits  [S, K + 1] and deltas [S, K, 4] of all images' samples, one after the other
+    """
+    labels = torch.cat([part.labels for part in samples])
+    positives = (labels > 0).nonzero()[:, 0]
+    wanted = []
+    for part, target in zip(samples, targets):
+        chosen = part[part.labels > 0]
+        wanted.append(box_ops.encode(target.boxes[chosen.matched], chosen.boxes, weights, plus_one))
+    own = deltas[positives, labels[positives] - 1]  # [P, 4]
+    return {
+        "classification": classification_loss(class_logits, labels),
+        "box": box_loss(own, torch.cat(wanted), beta, max(len(labels), 1)),
+    }
+
+
+@torch.no_grad()
+def detect_boxes(
+    class_logits: Tensor,
+    deltas: Tensor,
+    proposals: Tensor,
+    size: Size,
+    weights: Weights,
+    score_threshold: float,
+    nms_threshold: float,
+    most: int,
+    min_size: float = 0.0,
+    plus_one: bool = False,
+) -> Detections:
+    """One image's detections: every class of every proposal above a score, thinned by NMS per class, the best kept.
+
+    class_logits [R, K + 1], deltas [R, K, 4], proposals [R, 4] in image pixels
+    size      (height, width) to clip to
+    most      detections kept
+    min_size  least width and height, pixels; empty boxes never pass
+    """
+    scores = F.softmax(class_logits.float(), dim=-1)[:, 1:]  # [R, K]
+    boxes = box_ops.decode(deltas, proposals[:, None], weights, plus_one)  # [R, K, 4]
+    roi, label = (scores > score_threshold).nonzero().unbind(1)
+    boxes, scores = box_ops.clip(boxes[roi, label], size), scores[roi, label]
+    wide = box_ops.wide_enough(boxes, min_size) & (box_ops.area(boxes) > 0)
+    found = Detections(boxes, scores, label + 1)[wide]
+    return found[batched_nms(found.boxes, found.scores, found.labels, nms_threshold, max_keep=most)]
+
+
+def at_most(samples: Samples, count: int | None) -> Samples:
+    """The samples themselves, or a random ``count`` of them where there are more."""
+    if count is None or len(samples) <= count:
+        return samples
+    return samples[torch.randperm(len(samples), device=samples.labels.device)[:count]]

@@ -1,0 +1,58 @@
+"""The feature pyramid: the semantics of c5 brought down to the resolution of c2.
+
+Chapter 4 (C4, C5 and feature pyramids). Paper: Section 3, Network Architecture, after FPN [27].
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mrcnn_edu.models.resnet import Norm
+
+
+class FPN(nn.Module):
+    """Maps c2..c5 to pyramid levels of one width.
+
+    levels    consecutive names out of p2..p6, finest first; ``p_k`` has stride ``2^k``
+    inputs    channels of the maps, ``{"c2": 256, ...}``
+    channels  of every level
+    norm      builds a norm after each convolution, or None for plain convolutions with a bias
+
+    Going down, each coarser map is doubled in size (nearest pixel) and added to a 1x1 conv of the finer one; a 3x3 conv
+    then smooths the sum. p6 is every second pixel of p5: only the RPN uses it, for its largest anchors.
+    """
+
+    def __init__(
+        self, inputs: dict[str, int], channels: int, levels: tuple[str, ...], norm: Norm | None = None
+    ) -> None:
+        super().__init__()
+        self.levels = levels
+        names = [level for level in levels if level != "p6"]
+        self.lateral = nn.ModuleDict({p: conv_norm(inputs["c" + p[1:]], channels, 1, norm) for p in names})
+        self.output = nn.ModuleDict({p: conv_norm(channels, channels, 3, norm) for p in names})
+        self.strides = {level: 2 ** int(level[1:]) for level in levels}
+        self.channels = channels
+
+    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        pyramid: dict[str, Tensor] = {}
+        above = None
+        for level in reversed(self.lateral):
+            x = self.lateral[level](features["c" + level[1:]])  # [B, channels, H/2^k, W/2^k]
+            if above is not None:
+                x = x + F.interpolate(above, size=x.shape[-2:], mode="nearest")
+            above = x
+            pyramid[level] = self.output[level](x)
+        if "p6" in self.levels:
+            pyramid["p6"] = pyramid["p5"][:, :, ::2, ::2]
+        return {level: pyramid[level] for level in self.levels}
+
+
+def conv_norm(inputs: int, outputs: int, kernel: int, norm: Norm | None) -> nn.Module:
+    """A convolution with a bias, or one without followed by a norm; initialised for layers without a ReLU."""
+    layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=norm is None)
+    nn.init.kaiming_uniform_(layer.weight, a=1)
+    if norm is None:
+        nn.init.zeros_(layer.bias)
+        return layer
+    return nn.Sequential(layer, norm(outputs))

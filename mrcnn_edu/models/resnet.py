@@ -1,0 +1,175 @@
+"""ResNet and ResNeXt, the backbones that turn pixels into the maps c2..c5.
+
+Chapter 3 (backbones). Paper: Section 3, Network Architecture, with ResNet [19] and ResNeXt [45].
+
+A stage ``c_k`` has stride ``2^k``: it sees the image ``2^k`` times smaller. Modules are named by stage, so that
+``resnet.c4[0].conv2`` is where a reader of the paper expects it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Norm = Callable[[int], nn.Module]  # channels -> a normalisation layer
+
+# name: (block, blocks per stage, groups, channels per group)
+ARCHITECTURES: dict[str, tuple[Literal["basic", "bottleneck"], tuple[int, int, int, int], int, int]] = {
+    "resnet10": ("basic", (1, 1, 1, 1), 1, 64),
+    "resnet18": ("basic", (2, 2, 2, 2), 1, 64),
+    "resnet34": ("basic", (3, 4, 6, 3), 1, 64),
+    "resnet50": ("bottleneck", (3, 4, 6, 3), 1, 64),
+    "resnet101": ("bottleneck", (3, 4, 23, 3), 1, 64),
+    "resnet152": ("bottleneck", (3, 8, 36, 3), 1, 64),
+    "resnext50_32x4d": ("bottleneck", (3, 4, 6, 3), 32, 4),
+    "resnext101_32x8d": ("bottleneck", (3, 4, 23, 3), 32, 8),
+    "resnext101_64x4d": ("bottleneck", (3, 4, 23, 3), 64, 4),
+    "resnext152_32x8d": ("bottleneck", (3, 8, 36, 3), 32, 8),
+}
+
+
+class FrozenBatchNorm(nn.Module):
+    """Batch normalisation with fixed statistics and a fixed affine part: one multiplication and one addition.
+
+    Detectors train with one or two images per device, too few for batch statistics, so the pretrained ones stay.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale[:, None, None].to(x.dtype) + shift[:, None, None].to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, eps={self.eps}"
+
+
+def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """A convolution without bias (the norm after it has one) that keeps the size up to its stride."""
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut around them."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = conv(inputs, width, 3, stride), norm(width)
+        self.conv2, self.norm2 = conv(width, width, 3), norm(width)
+        self.shortcut = shortcut(inputs, width, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        return F.relu(y + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1 down, 3x3, 1x1 up to four times the width, and a shortcut around them."""
+
+    expansion = 4
+
+    def __init__(
+        self, inputs: int, width: int, stride: int, norm: Norm, groups: int, group_width: int, stride_in: str
+    ) -> None:
+        super().__init__()
+        inner = width * group_width // 64 * groups
+        outputs = width * self.expansion
+        stride1, stride2 = (stride, 1) if stride_in == "1x1" else (1, stride)
+        self.conv1, self.norm1 = conv(inputs, inner, 1, stride1), norm(inner)
+        self.conv2, self.norm2 = conv(inner, inner, 3, stride2, groups), norm(inner)
+        self.conv3, self.norm3 = conv(inner, outputs, 1), norm(outputs)
+        self.shortcut = shortcut(inputs, outputs, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        y = F.relu(self.norm2(self.conv2(y)))
+        y = self.norm3(self.conv3(y))
+        return F.relu(y + self.shortcut(x))
+
+
+def shortcut(inputs: int, outputs: int, stride: int, norm: Norm) -> nn.Module:
+    """The identity where shapes allow it, else a strided 1x1 projection."""
+    if stride == 1 and inputs == outputs:
+        return nn.Identity()
+    return nn.Sequential(conv(inputs, outputs, 1, stride), norm(outputs))
+
+
+class ResNet(nn.Module):
+    """Images [B, 3, H, W] to the maps c2..c5, each half the size of the one before.
+
+    architecture  a key of ``ARCHITECTURES``
+    width         channels of the stem; stage c_k is ``2^(k - 2)`` times as wide (times 4 for bottlenecks)
+    stem          "7x7" is a 7x7 conv of stride 2 and a max pool; "3x3" is two 3x3 convs of stride 2, for small images
+    stride_in     which conv of a bottleneck strides: "1x1" [19], or "3x3" (torchvision, and all ResNeXts)
+    norm          builds the normalisation layers
+
+    ``strides`` and ``channels`` say what each map is: ``resnet.strides["c4"] == 16``.
+    """
+
+    def __init__(
+        self,
+        architecture: str,
+        norm: Norm,
+        width: int = 64,
+        stem: Literal["7x7", "3x3"] = "7x7",
+        stride_in: Literal["1x1", "3x3"] = "1x1",
+    ) -> None:
+        super().__init__()
+        block, depths, groups, group_width = ARCHITECTURES[architecture]
+        if stem == "7x7":
+            self.stem = nn.Sequential(conv(3, width, 7, 2), norm(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+        else:
+            self.stem = nn.Sequential(
+                conv(3, width, 3, 2), norm(width), nn.ReLU(), conv(width, width, 3, 2), norm(width), nn.ReLU()
+            )
+        self.strides = {"c2": 4, "c3": 8, "c4": 16, "c5": 32}
+        self.channels: dict[str, int] = {}
+        inputs = width
+        for index, (name, depth) in enumerate(zip(self.strides, depths)):
+            blocks = []
+            for position in range(depth):
+                stride = 2 if index > 0 and position == 0 else 1
+                if block == "basic":
+                    blocks.append(BasicBlock(inputs, width * 2**index, stride, norm))
+                else:
+                    blocks.append(Bottleneck(inputs, width * 2**index, stride, norm, groups, group_width, stride_in))
+                inputs = width * 2**index * blocks[-1].expansion
+            self.add_module(name, nn.Sequential(*blocks))
+            self.channels[name] = inputs
+        initialise(self)
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        x = self.stem(pixels)  # [B, width, H/4, W/4]
+        features = {}
+        for name in self.strides:
+            x = self.get_submodule(name)(x)
+            features[name] = x
+        return features
+
+    def freeze(self, stages: int) -> None:
+        """Stop training the first parts: 0 is none, 1 the stem, 2 the stem and c2, up to 5 for everything."""
+        for part in [self.stem, self.c2, self.c3, self.c4, self.c5][:stages]:
+            part.requires_grad_(False)
+
+
+def initialise(module: nn.Module) -> None:
+    """He initialisation of every convolution below ``module``, for training from scratch."""
+    for child in module.modules():
+        if isinstance(child, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.kaiming_normal_(child.weight, mode="fan_out", nonlinearity="relu")
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
