@@ -1,0 +1,223 @@
+"""RoIPool, RoIWarp, RoIAlign, non-maximum suppression and mask pasting, each one function of tensors.
+
+Chapter 7 (NMS), Chapter 8 (RoI layers), Chapter 9 (the same in C++ and CUDA) and Chapter 11 (pasting). Paper: Section 3
+and Table 2c.
+
+Three implementations stand behind every function and give the same numbers: ``reference`` (loops to read),
+``vectorized`` (whole-tensor PyTorch) and ``compiled`` (C++ and CUDA, where it was built). ``backend()`` says which one
+runs and why, ``use("reference")`` switches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mrcnn_edu.ops import checks, vectorized
+
+__all__ = [
+    "backend",
+    "batched_nms",
+    "nms",
+    "paste_masks",
+    "pool_levels",
+    "roi_align",
+    "roi_pool",
+    "roi_warp",
+    "use",
+]
+
+Layer = Literal["roi_pool", "roi_warp", "roi_align"]
+Mode = Literal["mean", "max"]
+PasteRule = Literal["continuous", "integer"]
+
+
+def roi_align(
+    features: Tensor,
+    rois: Tensor,
+    output_size: int | tuple[int, int],
+    spatial_scale: float,
+    samples_per_bin: int = 2,
+    aligned: bool = True,
+    mode: Mode = "mean",
+) -> Tensor:
+    """RoIAlign: bilinear samples at exact positions, nothing rounded.
+
+    features         [B, C, H, W] float32, float64, bfloat16 or float16, contiguous or channels_last
+    rois             [R, (image, x1, y1, x2, y2)] float32, image pixels; image is an index into B
+    output_size      P, or (height, width), in bins
+    spatial_scale    cells per image pixel, 1 / stride
+    samples_per_bin  per side, so 2 means the paper's four points; 0 takes one sample per cell the bin is wide
+    aligned          cell i has its centre at i + 0.5 (right); False puts it at i and gives every RoI at least one cell
+    mode             mean or max over the samples of a bin
+    returns          [R, C, P, P] in the dtype of the features, summed in float32 (float64 for float64)
+
+    A sample more than one cell off the map is 0. A RoI turned inside out (x2 < x1) is sampled mirrored; with adaptive
+    samples it has none and gives 0, as does an empty one. Gradients flow to the features, never to the rois (the
+    "approximate" end-to-end training of Appendix B), and only once.
+    Raises ValueError or TypeError for anything else, naming the row.
+
+    Source: Section 3, RoIAlign, and Table 2c.
+    """
+    return _single("roi_align", features, rois, output_size, spatial_scale, samples_per_bin, aligned, mode)
+
+
+def roi_warp(
+    features: Tensor,
+    rois: Tensor,
+    output_size: int | tuple[int, int],
+    spatial_scale: float,
+    samples_per_bin: int = 2,
+    mode: Mode = "mean",
+) -> Tensor:
+    """RoIWarp: the RoI is rounded to whole cells as in RoIPool, then sampled bilinearly as in RoIAlign.
+
+    Arguments and result as in ``roi_align``.
+
+    Source: Section 3 and Table 2c, after Dai et al. [10] as the paper reads it.
+    """
+    return _single("roi_warp", features, rois, output_size, spatial_scale, samples_per_bin, True, mode)
+
+
+def roi_pool(features: Tensor, rois: Tensor, output_size: int | tuple[int, int], spatial_scale: float) -> Tensor:
+    """RoIPool: the RoI and its bins are rounded to whole cells, and each bin takes the largest of its cells.
+
+    Arguments and result as in ``roi_align``; a bin without cells is 0.
+
+    Source: Section 3 and Table 2c, after Fast R-CNN [12].
+    """
+    return _single("roi_pool", features, rois, output_size, spatial_scale, 0, True, "max")
+
+
+def _single(layer, features, rois, output_size, spatial_scale, samples_per_bin, aligned, mode) -> Tensor:
+    rows = rois.shape[0] if isinstance(rois, Tensor) and rois.ndim else 0
+    levels = torch.zeros(rows, dtype=torch.int64, device=rois.device if isinstance(rois, Tensor) else None)
+    return pool_levels(layer, [features], rois, levels, output_size, [spatial_scale], samples_per_bin, aligned, mode)
+
+
+def pool_levels(
+    layer: Layer,
+    features: Sequence[Tensor],
+    rois: Tensor,
+    levels: Tensor,
+    output_size: int | tuple[int, int],
+    scales: Sequence[float],
+    samples_per_bin: int = 2,
+    aligned: bool = True,
+    mode: Mode = "mean",
+) -> Tensor:
+    """One RoI layer over the levels of a feature pyramid, each RoI on its own level.
+
+    layer     which of the three; "roi_pool" takes the max over whole cells whatever the last three arguments say
+    features  list of [B, C, H, W], one per level, the same B, C and dtype
+    levels    [R] int64, the index into ``features`` of each RoI
+    scales    1 / stride of each level
+    returns   [R, C, P, P] in the order of the rois; other arguments as in ``roi_align``
+
+    Source: Section 3 with Feature Pyramid Networks [27], Section 4.2.
+    """
+    if layer not in ("roi_pool", "roi_warp", "roi_align"):
+        raise ValueError(f'layer must be "roi_pool", "roi_warp" or "roi_align", got {layer!r}')
+    pair = checks.size_pair(output_size)
+    checks.sampling(samples_per_bin, mode)
+    checks.features_and_rois(features, rois, levels, scales)
+    run = _implementation(rois.device)
+    if run is vectorized or rois.device.type == "cpu":
+        checks.roi_values(rois, features[0].shape[0])
+    if layer == "roi_pool":
+        mode = "max"
+    return run.roi_features(
+        layer, list(features), rois, levels, pair, [float(s) for s in scales], samples_per_bin, aligned, mode
+    )
+
+
+def nms(boxes: Tensor, scores: Tensor, threshold: float, max_keep: int | None = None) -> Tensor:
+    """Greedy non-maximum suppression: keep the best box, drop what overlaps it too much, repeat.
+
+    boxes      [N, (x1, y1, x2, y2)] float32, any unit
+    scores     [N] floating point; equal scores keep the order of the rows
+    threshold  a box is dropped when its IoU with a better kept box is larger than this
+    max_keep   stop after so many; the result is exactly the head of the full one
+    returns    [n] int64, the rows that are kept, best first
+
+    Two boxes without area have IoU 0. Raises ValueError for NaN or inf in boxes or scores.
+
+    Source: the paper inherits NMS from Faster R-CNN [36]; Appendix B gives the thresholds.
+    """
+    checks.boxes_and_scores(boxes, scores, None, threshold, max_keep)
+    return _implementation(boxes.device).nms(boxes.detach(), scores.detach(), None, float(threshold), max_keep)
+
+
+def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float, max_keep: int | None = None) -> Tensor:
+    """``nms`` within each group (class, level or image): boxes of different groups never touch each other.
+
+    groups   [N] int64, any values; other arguments as in ``nms``
+    returns  [n] int64, the rows that are kept, best first over all groups
+    """
+    checks.boxes_and_scores(boxes, scores, groups, threshold, max_keep)
+    return _implementation(boxes.device).nms(boxes.detach(), scores.detach(), groups, float(threshold), max_keep)
+
+
+def paste_masks(
+    mask_probs: Tensor,
+    boxes: Tensor,
+    size: tuple[int, int],
+    threshold: float | None = 0.5,
+    rule: PasteRule = "continuous",
+) -> Tensor:
+    """Resize each predicted mask to its box and put it into the image.
+
+    mask_probs  [N, M, M] probabilities inside the box, any float dtype
+    boxes       [N, (x1, y1, x2, y2)] float32, image pixels; what lies outside the image is cut off
+    size        (height, width) of the image
+    threshold   a pixel is set when its probability is at least this; None returns the probabilities
+    rule        "continuous": the pixels whose centres lie in the box, so that a full mask sets exactly the box;
+                "integer": boxes grown by (M + 2) / M and cut to whole pixels, as Detectron and torchvision do
+    returns     [N, height, width] bool, or float32 where threshold is None
+
+    Source: Section 3.1, the m x m mask is resized to the RoI size and binarised at 0.5.
+    """
+    checks.masks_and_boxes(mask_probs, boxes, size, threshold, rule)
+    run = _implementation(boxes.device)
+    return run.paste(mask_probs.detach(), boxes.detach(), tuple(size), threshold, rule)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which implementation runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+_chosen: str | None = None  # set by use(); None: the fastest there is
+
+
+def backend() -> str:
+    """What runs the ops and, where it is not the compiled form, why."""
+    return "vectorized: the compiled ops were not built"
+
+
+class use:
+    """Choose the implementation: ``use("reference")`` for good, ``with use("reference"):`` for a block.
+
+    Raises ValueError for an unknown name and RuntimeError for one that is not there.
+    """
+
+    def __init__(self, name: Literal["reference", "vectorized", "compiled"]) -> None:
+        global _chosen
+        if name not in ("reference", "vectorized", "compiled"):
+            raise ValueError(f'an implementation is "reference", "vectorized" or "compiled", got {name!r}')
+        if name != "vectorized":
+            raise RuntimeError(f"the {name} ops are not there: {backend()}")
+        self._before, _chosen = _chosen, name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        global _chosen
+        _chosen = self._before
+
+
+def _implementation(device: torch.device):
+    return vectorized
