@@ -1,0 +1,75 @@
+# make demo    train, measure and look at a small Mask R-CNN        make lab    open the book's notebooks in JupyterLab
+# make test    the whole test suite                                 make book   build the book into _build/html
+# make bench   measure speed beside torchvision                     make lint   check the style
+# make clean   remove what was built (not .venv, not runs)
+#
+# Every target sets up .venv the first time, from constraints.txt. Options: make demo ARGS="--seed 1",
+# make test ARGS="-k boxes", PYTHON=python3.12 to choose the interpreter, and on a machine without an NVIDIA GPU
+# TORCH_INDEX=https://download.pytorch.org/whl/cpu, which saves gigabytes of CUDA libraries.
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+LOG := $(VENV)/setup.log
+# On a failed step: the end of what it printed, and where the rest is.
+OR_SAY = >> $(LOG) 2>&1 || { tail -n 25 $(LOG); echo "Setting up failed. All of it is in $(LOG)."; exit 1; }
+
+.PHONY: help demo test lab book bench lint clean
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+demo: $(VENV)/.ready
+	@$(BIN)/mrcnn-edu demo $(ARGS)
+
+test: $(VENV)/.ready
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+lint: $(VENV)/.ready
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@find book -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -exec $(BIN)/nbstripout --verify {} +
+
+bench: $(VENV)/.ready
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+
+lab: $(VENV)/.book
+	@$(BIN)/jupyter lab --notebook-dir=book $(ARGS)
+
+# Jupyter Book's cache knows the notebooks but not the package they import, so it goes whenever either has changed.
+book: $(VENV)/.book
+	@mkdir -p _build
+	@find mrcnn_edu csrc book -type f -not -name '*.pyc' -exec cksum {} + 2>/dev/null | sort > _build/sources.new
+	@cmp -s _build/sources.new _build/sources || rm -rf _build/.jupyter_cache
+	@mv _build/sources.new _build/sources
+	@$(BIN)/jupyter-book build . -q -n -W --keep-going
+	@echo "The book: _build/html/index.html"
+
+clean:
+	@rm -rf _build build dist *.egg-info .pytest_cache .ruff_cache .hypothesis $(VENV)/.ready $(VENV)/.book
+	@find mrcnn_edu tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	@find mrcnn_edu -name '*.so' -delete
+
+# The first stamp: an environment with PyTorch, which the C++ ops are built against.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "Python 3.10 or newer is needed; choose one with make PYTHON=..."; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) \
+	  || { echo "The venv module is missing; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "Setting up .venv, only this once. PyTorch is a large download ..."
+	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch torchvision $(OR_SAY)
+	@$(PIP) install -c constraints.txt setuptools wheel ninja $(OR_SAY)
+	@touch $@
+
+# The second: the package itself, editable, with the compiled ops where there is a C++ compiler.
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml $(wildcard setup.py csrc/*.* csrc/*/*.*)
+	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]" $(OR_SAY)
+	@echo "Ready. Ops: $$($(BIN)/python -c 'from mrcnn_edu import ops; print(ops.backend())')"
+	@touch $@
+
+$(VENV)/.book: $(VENV)/.ready
+	@echo "Adding Jupyter Book and JupyterLab to .venv, only this once ..."
+	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev,book]" $(OR_SAY)
+	@touch $@
