@@ -1,0 +1,263 @@
+"""Training: ``loop`` is all of it, on one page.
+
+Chapter 13 (training). Paper: Section 3.1, "Training", and Appendix A.
+
+``train`` puts a frame around the loop: ``setup.start`` checks and sets up, ``finish`` measures and leaves the weights. In
+between, ``validate`` and ``evaluate`` look at the model without touching the run. Everything that changes from one
+iteration to the next is a ``checkpoint.Run``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mrcnn_edu.config import Config, TrainConfig
+from mrcnn_edu.data.coco import CocoDataset
+from mrcnn_edu.data.loading import train_loader, val_loader
+from mrcnn_edu.evaluation import coco
+from mrcnn_edu.inference import evaluating, predict_dataset
+from mrcnn_edu.models.mask_rcnn import MaskRCNN
+from mrcnn_edu.structures import ImageBatch, Target
+from mrcnn_edu.training import checkpoint
+from mrcnn_edu.training.checkpoint import Run, write_json
+from mrcnn_edu.training.export import export_weights
+from mrcnn_edu.training.randomness import rng_state, seed_rng, set_rng_state
+from mrcnn_edu.training.record import Record, peak_memory_mib
+from mrcnn_edu.training.schedule import learning_rate, set_learning_rate
+from mrcnn_edu.training.setup import start
+from mrcnn_edu.training.stopping import Stopped, StopSignals
+
+MIN_LOSS_SCALE = 1.0  # fp16 gradients that overflow even at this scale are not the scale's fault
+AUTOCAST = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(
+    config: Config,
+    model: MaskRCNN,
+    train_data: CocoDataset,
+    val_data: CocoDataset | None,
+    out: Path | str,
+    resume: bool = False,
+    progress: bool = True,
+    device: torch.device | str | None = None,
+) -> dict[str, Any]:
+    """Train a model, and return what was measured; ``out`` then holds the run, ``weights.safetensors`` included.
+
+    model     built from ``config.model``; trained in place, and on return it holds the weights that were evaluated
+    val_data  images for the validation loss and for AP; None: neither
+    out       folder for the run, made if need be
+    resume    continue from the last checkpoint in ``out``, to the bit on a CPU; from the start where there is none
+    progress  show a bar, or a few lines where there is no terminal
+    device    "cpu", "cuda", "cuda:1", ...; None: the GPU if there is one
+
+    Raises ValueError for a model, data or a checkpoint that do not fit the config, OSError when ``out`` cannot be used,
+    FloatingPointError when a loss or a gradient is not finite. Ctrl-C and SIGTERM end the iteration, save and leave.
+    """
+    folder = Path(out)
+    run, rng = start(config, model, train_data, val_data, folder, resume, device)
+    with StopSignals() as signals, Record(folder, config.train, run.iteration, progress) as record:
+        try:
+            loop(run, rng, config, train_data, val_data, folder, signals, record)
+            with signals.at_once():
+                return finish(run, config, train_data, val_data, folder, record)
+        except Stopped:
+            save(run, config, train_data, folder)
+            message = f"stopped after iteration {run.iteration}; {run.saved} is saved, resume continues from it"
+            record.say(message)
+            raise signals.as_exception(message) from None
+
+
+def loop(
+    run: Run,
+    rng: dict[str, Any],
+    config: Config,
+    train_data: CocoDataset,
+    val_data: CocoDataset | None,
+    folder: Path,
+    signals: StopSignals,
+    record: Record,
+) -> None:
+    """The training loop: batch, losses, gradients, step; and every so often a checkpoint and a look at the results.
+
+    rng  the state of the random generators at ``run.iteration``
+    """
+    settings = config.train
+    batches = iter(train_loader(train_data, config.data, settings.batch_size, settings.seed, start=run.iteration))
+    set_rng_state(rng)  # only now, because setting up a loader draws random numbers
+    for iteration in range(run.iteration, settings.iterations):
+        began = time.perf_counter()
+        batch, targets, image_ids = next(batches)
+        loading = time.perf_counter() - began
+        batch, targets = to_device(batch, targets, run, settings)
+        rate = learning_rate(iteration, settings)
+        set_learning_rate(run.optimiser, rate)
+
+        with autocast(run, settings):
+            losses = run.model(batch, targets)
+        values = finite_losses(losses, run, image_ids)
+
+        run.optimiser.zero_grad()
+        run.scaler.scale(sum(losses.values())).backward()
+        run.scaler.unscale_(run.optimiser)
+        norm = clip_gradients(run, settings, image_ids)
+        run.scaler.step(run.optimiser)
+        run.scaler.update()
+        if run.average is not None:
+            run.average.update(run.model)
+
+        run.iteration += 1
+        seconds = time.perf_counter() - began
+        run.seconds += seconds
+        record.step(run, values, rate, norm, len(batch), seconds, loading)
+        signals.check()
+        if due(settings.checkpoint_every, run, settings):
+            save(run, config, train_data, folder)
+        if val_data is not None and due(settings.validate_every, run, settings):
+            with signals.at_once():
+                record.result(run.iteration, "validation", validate(run, config, val_data))
+        if val_data is not None and due(settings.evaluate_every, run, settings):
+            with signals.at_once():
+                record.result(run.iteration, "evaluation", evaluate(run, config, val_data))
+    save(run, config, train_data, folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In the loop
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def to_device(
+    batch: ImageBatch, targets: list[Target], run: Run, settings: TrainConfig
+) -> tuple[ImageBatch, list[Target]]:
+    """A batch where the model is, in its memory layout."""
+    batch = batch.to(run.device, non_blocking=True)
+    if settings.channels_last:
+        batch = replace(batch, pixels=batch.pixels.contiguous(memory_format=torch.channels_last))
+    return batch, [target.to(run.device, non_blocking=True) for target in targets]
+
+
+def autocast(run: Run, settings: TrainConfig) -> torch.autocast:
+    """The block in which convolutions and matrix products run at the chosen precision."""
+    enabled = settings.precision != "fp32"
+    return torch.autocast(run.device.type, AUTOCAST[settings.precision] if enabled else None, enabled=enabled)
+
+
+def finite_losses(losses: dict[str, Tensor], run: Run, image_ids: list[int]) -> dict[str, float]:
+    """The losses as numbers; FloatingPointError if one is not finite, before it can reach a weight."""
+    values = dict(zip(losses, torch.stack([loss.detach().float() for loss in losses.values()]).tolist()))
+    if not all(math.isfinite(value) for value in values.values()):
+        found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        raise FloatingPointError(f"a loss is not finite: {found}; {where(run, image_ids)}")
+    return values
+
+
+def clip_gradients(run: Run, settings: TrainConfig, image_ids: list[int]) -> float:
+    """Scale the gradients so that their common norm is at most ``clip_norm``; the norm before that.
+
+    Raises FloatingPointError when it is not finite. With fp16 it may be: the scaler then skips the step and halves its
+    scale, and only when there is nothing left to halve does the run stop.
+    """
+    parameters = [(name, p) for name, p in run.model.named_parameters() if p.grad is not None]
+    norm = torch.nn.utils.clip_grad_norm_([p for _, p in parameters], settings.clip_norm or math.inf).item()
+    if not math.isfinite(norm) and not (run.scaler.is_enabled() and run.scaler.get_scale() > MIN_LOSS_SCALE):
+        bad = [name for name, p in parameters if not bool(p.grad.isfinite().all())]
+        raise FloatingPointError(f"the gradient is not finite, first in {bad[0]}; {where(run, image_ids)}")
+    return norm
+
+
+def where(run: Run, image_ids: list[int]) -> str:
+    """The part of an error message that tells where training broke and what is left of it."""
+    kept = f"the last good checkpoint is {run.saved}" if run.saved else "there is no checkpoint yet"
+    return (
+        f"iteration {run.iteration + 1}, images {list(image_ids)}; {kept}. Look at those images' annotations, "
+        f"lower train.learning_rate, lengthen train.warmup_iterations or set train.clip_norm"
+    )
+
+
+def due(every: int, run: Run, settings: TrainConfig) -> bool:
+    """Whether the completed iterations are a multiple of ``every``; never at the end, which ``finish`` looks after."""
+    return every > 0 and run.iteration % every == 0 and run.iteration < settings.iterations
+
+
+def save(run: Run, config: Config, train_data: CocoDataset, folder: Path) -> None:
+    """Write a checkpoint, unless there is one of this very iteration."""
+    if run.saved is None or checkpoint.iteration_of(run.saved) != run.iteration:
+        data = checkpoint.fingerprint(train_data)
+        run.saved = checkpoint.save(folder, checkpoint.capture(run, config, train_data.categories, data))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Looking at the results
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def untouched(run: Run, settings: TrainConfig) -> Iterator[MaskRCNN]:
+    """The model to evaluate, in evaluation mode; after the block the run goes on as if it had not been.
+
+    That is the averaged model where there is one. Random numbers start from the seed each time, so that two validation
+    losses differ because the model does, not because other anchors were drawn.
+    """
+    rng = rng_state()
+    seed_rng(settings.seed)
+    model = run.model if run.average is None else run.average.model
+    try:
+        with evaluating(model):
+            yield model
+    finally:
+        set_rng_state(rng)
+
+
+def validate(run: Run, config: Config, val_data: CocoDataset) -> dict[str, float]:
+    """The mean of each loss over all validation images, and their sum ``total``."""
+    sums: dict[str, float] = {}
+    with untouched(run, config.train) as model, torch.no_grad():
+        for batch, targets, _ in val_loader(val_data, config.data, config.train.batch_size):
+            batch, targets = to_device(batch, targets, run, config.train)
+            with autocast(run, config.train):
+                losses = model(batch, targets)
+            for name, loss in losses.items():
+                sums[name] = sums.get(name, 0.0) + loss.item() * len(batch)
+    means = {name: value / len(val_data) for name, value in sums.items()}
+    return means | {"total": sum(means.values())}
+
+
+def evaluate(run: Run, config: Config, val_data: CocoDataset, progress: bool = False) -> dict[str, Any]:
+    """COCO's AP and AR of the model on the validation images, for every branch it has."""
+    branches = {"box": config.model.box, "mask": config.model.mask, "keypoint": config.model.keypoint}
+    kinds = [kind for kind, branch in branches.items() if branch is not None]
+    with untouched(run, config.train) as model:
+        predictions = predict_dataset(model, val_data, config.data, progress=progress)
+        return coco.evaluate(val_data, predictions, kinds).to_json()
+
+
+def finish(
+    run: Run,
+    config: Config,
+    train_data: CocoDataset,
+    val_data: CocoDataset | None,
+    folder: Path,
+    record: Record,
+) -> dict[str, Any]:
+    """Measure the final model, leave its weights, and sum the run up."""
+    summary = {"iterations": run.iteration, "seconds": run.seconds, "training": record.last}
+    if val_data is not None:
+        for name, measure in (("validation", validate), ("evaluation", evaluate)):
+            summary[name] = measure(run, config, val_data)
+            record.result(run.iteration, name, summary[name])
+    if run.average is not None:
+        run.model.load_state_dict(run.average.model.state_dict())
+    run.model.eval()
+    export_weights(run.model, folder / "weights.safetensors", train_data.categories)
+    summary |= {"memory_mib": peak_memory_mib(), "checkpoint": str(run.saved)}
+    write_json(folder / "metrics.json", summary)
+    return summary

@@ -1,0 +1,65 @@
+"""Ctrl-C and SIGTERM: finish the iteration, save, and only then leave.
+
+Chapter 13 (training) and Chapter 19 (many GPUs).
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Stopped(KeyboardInterrupt):
+    """Someone asked the run to stop. Not an Exception, so that nothing between here and the loop swallows it."""
+
+
+class StopSignals:
+    """While entered, SIGINT and SIGTERM are noted; ``check`` turns them into ``Stopped`` between two iterations.
+
+    A second signal of the same kind acts as it did before, so an impatient Ctrl-C still ends the process at once. In a
+    thread other than the main one nothing is installed: Python delivers signals to the main thread only.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._at_once = False
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        signal.signal(number, self._before.pop(self.received))
+        if self._at_once:
+            raise Stopped
+
+    def check(self) -> None:
+        """Raise ``Stopped`` if a signal has come."""
+        if self.received is not None:
+            raise Stopped
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A block that changes nothing worth saving, such as an evaluation: a signal leaves it without waiting."""
+        self.check()
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+    def as_exception(self, message: str) -> BaseException:
+        """What ends the run as the signal would have: KeyboardInterrupt for Ctrl-C, exit status 143 for SIGTERM."""
+        return SystemExit(128 + signal.SIGTERM) if self.received == signal.SIGTERM else KeyboardInterrupt(message)
