@@ -52,7 +52,7 @@ def _one_level(layer, features, rois, output_size, scale, samples_per_bin, align
     xs = axis_samples(layer, x1, x2, scale, output_size[1], width, samples_per_bin, aligned)
     cells = features.to(exact).permute(0, 2, 3, 1)  # [B, H, W, C]; free when the map is channels_last
     if mode == "max":
-        pooled = _max(cells, image, ys, xs, height, width)
+        pooled = _max(layer, cells, image, ys, xs, height, width)
     elif channels <= 4:
         pooled = _mean_of_few_channels(features.to(exact), image, ys, xs)
     else:
@@ -79,7 +79,7 @@ def axis_samples(
 
     low, high  [R] the RoI's two edges, image pixels
     returns    positions [R, bins, S] in cell indices (cell i has its centre at i) and counts [R, bins]: the first
-               ``counts`` of the S positions are samples, the rest is padding
+               ``counts`` of the S positions are samples, the rest repeats the last one
 
     Source: Section 3 and Table 2c; RoIPool and RoIWarp quantise the RoI, RoIPool its bins as well, RoIAlign nothing.
     """
@@ -91,8 +91,7 @@ def axis_samples(
             0, cells
         )
         counts = (end - begin).clamp(min=0)
-        index = torch.arange(max(1, int(counts.max())), device=low.device)
-        return (begin[..., None] + index).to(low.dtype), counts
+        return (begin[..., None] + _sample_index(counts)).to(low.dtype), counts
     if layer == "roi_warp":
         first, length = (edge.to(low.dtype) for edge in quantise(low, high, scale))
         start = first - 0.5
@@ -105,10 +104,16 @@ def axis_samples(
         counts = torch.full_like(start, samples_per_bin, dtype=torch.int64)
     else:
         counts = torch.ceil(size).clamp(0, MAX_SAMPLES).long()
-    index = torch.arange(max(1, int(counts.max())), device=low.device)
+    index = _sample_index(counts[:, None])
     start, size, grid = (value[:, None, None] for value in (start, size, counts.clamp(min=1)))
     positions = start + bin_index[:, None] * size + (index + 0.5) * size / grid
     return positions, counts[:, None].expand(-1, bins)
+
+
+def _sample_index(counts: Tensor) -> Tensor:
+    """0, 1, 2, ... [..., S] for the longest count; shorter ones repeat their last sample."""
+    index = torch.arange(max(1, int(counts.max())), device=counts.device)
+    return torch.minimum(index, (counts[..., None] - 1).clamp(min=0))
 
 
 def quantise(low: Tensor, high: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -139,9 +144,11 @@ def two_taps(positions: Tensor, cells: int) -> tuple[Tensor, Tensor]:
 def mean_taps(positions: Tensor, counts: Tensor, cells: int) -> tuple[Tensor, Tensor]:
     """The mean over a bin's samples as a weighted sum of cells: indices and weights, both [R, bins, T]."""
     index, weight = two_taps(positions, cells)
-    exists = torch.arange(positions.shape[-1], device=positions.device) < counts[..., None]
+    exists = torch.arange(positions.shape[2], device=positions.device) < counts[..., None]
     weight = torch.where(exists[..., None], weight, 0) / counts.clamp(min=1)[..., None, None]
     index, weight = index.flatten(2), weight.flatten(2)
+    if positions.shape[2] <= 2:
+        return index, weight
     # Neighbouring samples share cells: where that makes the sum shorter, add up the weights of equal cells.
     used = weight > 0
     least = torch.where(used, index, cells).amin(dim=2, keepdim=True)
@@ -162,13 +169,13 @@ def mean_taps(positions: Tensor, counts: Tensor, cells: int) -> tuple[Tensor, Te
 Samples = tuple[Tensor, Tensor]  # what axis_samples returns
 
 
-def _turns(ys: Samples, xs: Samples, numbers_per_pair: int) -> list[Tensor]:
+def _turns(ys: Samples, xs: Samples, numbers_per_pair: int) -> list[Tensor | slice]:
     """Rows of RoIs that are worked on together: alike in size, so that little is padding, and bounded in memory."""
     largest = ys[1].amax(dim=1) * xs[1].amax(dim=1)  # samples in the largest bin of each RoI
     bins = ys[1].shape[1] * xs[1].shape[1]
     limit = TAPS_AT_ONCE // max(1, bins * numbers_per_pair)
     if int(largest.max()) * len(largest) <= limit:
-        return [torch.arange(len(largest), device=largest.device)]
+        return [slice(None)]
     order = largest.argsort()
     turns, begin, sizes = [], 0, largest[order].tolist()
     for end in range(1, len(sizes) + 1):
@@ -178,12 +185,12 @@ def _turns(ys: Samples, xs: Samples, numbers_per_pair: int) -> list[Tensor]:
     return turns
 
 
-def _some(samples: Samples, rows: Tensor) -> Samples:
+def _some(samples: Samples, rows: Tensor | slice) -> Samples:
     positions, counts = samples[0][rows], samples[1][rows]
     return positions[..., : max(1, int(counts.max()))], counts
 
 
-def _in_order(parts: list[Tensor], turns: list[Tensor]) -> Tensor:
+def _in_order(parts: list[Tensor], turns: list[Tensor | slice]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(turns).argsort()]
 
 
@@ -193,7 +200,9 @@ def _mean(cells: Tensor, image: Tensor, ys: Samples, xs: Samples, height: int, w
     for rows in turns:
         y_index, y_weight = mean_taps(*_some(ys, rows), height)
         x_index, x_weight = mean_taps(*_some(xs, rows), width)
-        row = image[rows, None, None] * height + y_index  # [r, P, T]
+        row = image[rows][:, None, None] * height + y_index  # [r, P, T]
+        if table.shape[0] < 2**31:  # short indices are read faster
+            row, x_index = row.int(), x_index.int()
         index = row[:, :, None, :, None] * width + x_index[:, None, :, None, :]  # [r, P, P, T, T]
         weight = y_weight[:, :, None, :, None] * x_weight[:, None, :, None, :]
         bags = F.embedding_bag(
@@ -217,25 +226,36 @@ def _mean_of_few_channels(features: Tensor, image: Tensor, ys: Samples, xs: Samp
     return torch.cat(parts)
 
 
-def _max(cells: Tensor, image: Tensor, ys: Samples, xs: Samples, height: int, width: int) -> Tensor:
+def _max(layer: str, cells: Tensor, image: Tensor, ys: Samples, xs: Samples, height: int, width: int) -> Tensor:
     table = cells.reshape(-1, cells.shape[-1])
-    parts, turns = [], _turns(ys, xs, 4 + cells.shape[-1])
+    taps = 1 if layer == "roi_pool" else 2  # per axis; RoIPool's samples are the cells themselves
+    parts, turns = [], _turns(ys, xs, taps**2 + cells.shape[-1])
     for rows in turns:
-        (y, y_counts), (x, x_counts) = _some(ys, rows), _some(xs, rows)
-        y_index, y_weight = two_taps(y, height)  # [r, P, S, 2]
-        x_index, x_weight = two_taps(x, width)
-        row = image[rows, None, None, None] * height + y_index
-        index = row[:, :, None, :, None, :, None] * width + x_index[:, None, :, None, :, None, :]
-        weight = y_weight[:, :, None, :, None, :, None] * x_weight[:, None, :, None, :, None, :]
-        values = F.embedding_bag(
-            index.flatten(0, 4).flatten(1), table, mode="sum", per_sample_weights=weight.flatten(0, 4).flatten(1)
-        ).view(*index.shape[:5], -1)  # [r, P, P, S, S, C]
-        y_exists = torch.arange(y.shape[2], device=y.device) < y_counts[..., None]
-        x_exists = torch.arange(x.shape[2], device=x.device) < x_counts[..., None]
-        exists = y_exists[:, :, None, :, None, None] & x_exists[:, None, :, None, :, None]
-        best = torch.where(exists, values, -torch.inf).flatten(3, 4).max(dim=3).values
-        parts.append(torch.where(exists.flatten(3, 4).any(dim=3), best, 0))
+        y, x = _some(ys, rows), _some(xs, rows)
+        index, weight = _tap_grid(image[rows], y[0], x[0], height, width, taps)  # [r, P, P, S * S, taps * taps]
+        with torch.no_grad():
+            values = F.embedding_bag(
+                index.flatten(0, 3), table, mode="sum", per_sample_weights=weight.flatten(0, 3)
+            ).view(*index.shape[:4], -1)
+            winner = values.max(dim=3).indices  # the first of equal ones, [r, P, P, C]
+        # Only the winning sample of each channel takes part in the gradient: read it once more.
+        best = 0
+        for tap in range(index.shape[-1]):
+            cell = index[..., tap].gather(3, winner).flatten(0, 2)
+            best = best + table.gather(0, cell) * weight[..., tap].gather(3, winner).flatten(0, 2)
+        has_samples = (y[1] > 0)[:, :, None] & (x[1] > 0)[:, None, :]
+        parts.append(torch.where(has_samples[..., None], best.view(winner.shape), 0))
     return _in_order(parts, turns).permute(0, 3, 1, 2)
+
+
+def _tap_grid(image: Tensor, y: Tensor, x: Tensor, height: int, width: int, taps: int) -> tuple[Tensor, Tensor]:
+    """Rows of the table of cells around every sample of every bin, and their weights: [r, P, P, S * S, taps * taps]."""
+    y_index, y_weight = (part[..., :taps] for part in two_taps(y, height))  # [r, P, S, taps]
+    x_index, x_weight = (part[..., :taps] for part in two_taps(x, width))
+    row = image[:, None, None, None] * height + y_index
+    index = row[:, :, None, :, None, :, None] * width + x_index[:, None, :, None, :, None, :]
+    weight = y_weight[:, :, None, :, None, :, None] * x_weight[:, None, :, None, :, None, :]
+    return index.flatten(5).flatten(3, 4), weight.flatten(5).flatten(3, 4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
