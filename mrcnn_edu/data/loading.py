@@ -1,0 +1,262 @@
+"""From a data set to batches: in which order, with which chance, by how many processes.
+
+Chapter 13 (training) and Chapter 19 (many GPUs). Paper: Section 3.1 (16 images per mini-batch).
+
+The training stream is one endless list of positions 0, 1, 2, ... that belongs to the seed alone: position p lies in
+epoch p // n, at place p % n of that epoch's permutation, and has its own random numbers. Batches, workers and ranks
+only cut the list into pieces, so training resumes exactly wherever it stopped, with any number of workers.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mrcnn_edu.config import DataConfig
+from mrcnn_edu.data.transforms import Augment
+from mrcnn_edu.structures import ImageBatch, Target, check_target
+
+Batch = tuple[ImageBatch, list[Target], list[int]]  # images, their targets, their ids
+
+TIMEOUT = 300.0  # seconds a batch may take before a stuck worker is called an error
+PREFETCH = 2  # batches each worker prepares ahead
+
+
+def train_loader(
+    dataset: Dataset,
+    config: DataConfig,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    timeout: float = TIMEOUT,
+) -> Iterator[Batch]:
+    """Endless shuffled and augmented batches; every image comes once per epoch.
+
+    dataset      with items (image, Target), ``image_id(i)``, ``categories``, ``joints`` and ``flip_pairs``
+    batch_size   images per iteration over all processes; a multiple of ``world``
+    start        batches already consumed: the stream goes on after them, to the bit
+    rank, world  this process among how many; each gets its own part of every batch
+    timeout      seconds after which a worker that delivers nothing is an error
+
+    Raises ValueError for an empty data set or for numbers that do not fit together, OSError for too little shared
+    memory, RuntimeError for a worker that died or hangs.
+    """
+    if batch_size < 1 or batch_size % world:
+        raise ValueError(f"batch_size {batch_size} must be a positive multiple of the {world} processes")
+    if start < 0:
+        raise ValueError(f"start must be 0 or more batches, got {start}")
+    _check_dataset(dataset, rank, world)
+    share = batch_size // world
+    samples = _Samples(dataset, Augment.for_training(config, dataset.flip_pairs), seed)
+    order = _TrainOrder(len(dataset), batch_size, seed, start, rank * share, share)
+    _check_shared_memory(config, share)
+    return _unpacked(_loader(samples, order, config.workers, timeout))
+
+
+def val_loader(
+    dataset: Dataset, config: DataConfig, batch_size: int, rank: int = 0, world: int = 1, timeout: float = TIMEOUT
+) -> ValLoader:
+    """All images once, in order, resized to ``config.test_size`` and otherwise as they are.
+
+    batch_size   images per batch of this process
+    rank, world  this process gets images rank, rank + world, ...; none comes twice
+    returns      something to iterate over, any number of times, with a length in batches
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    _check_dataset(dataset, rank, world)
+    samples = _Samples(dataset, Augment.for_testing(config), seed=0)
+    order = _ValOrder(range(rank, len(dataset), world), batch_size)
+    _check_shared_memory(config, batch_size)
+    return ValLoader(_loader(samples, order, config.workers, timeout))
+
+
+@dataclass(frozen=True)
+class ValLoader:
+    """Finite batches in order."""
+
+    loader: DataLoader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return _unpacked(self.loader)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Order
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """The indices 0..count - 1 in the order of one epoch, [count] int64."""
+    generator = torch.Generator().manual_seed(_mix(seed, 0, epoch))
+    return torch.randperm(count, generator=generator)
+
+
+def _mix(*numbers: int) -> int:
+    """One 64-bit seed out of several numbers; near ones give unrelated seeds."""
+    state = np.random.SeedSequence([abs(number) * 2 + (number < 0) for number in numbers])
+    return int(state.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@dataclass(frozen=True)
+class _TrainOrder:
+    """Endless lists of (position, index), one list per batch: this rank's share of it."""
+
+    count: int
+    batch_size: int
+    seed: int
+    start: int
+    offset: int
+    share: int
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, order = -1, []
+        first = self.start * self.batch_size + self.offset
+        while True:
+            batch = []
+            for position in range(first, first + self.share):
+                if position // self.count != epoch:
+                    epoch = position // self.count
+                    order = epoch_order(self.count, self.seed, epoch).tolist()
+                batch.append((position, order[position % self.count]))
+            yield batch
+            first += self.batch_size
+
+
+@dataclass(frozen=True)
+class _ValOrder:
+    """The given indices in batches; a position is the index itself."""
+
+    indices: range
+    batch_size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for first in range(0, len(self.indices), self.batch_size):
+            yield [(index, index) for index in self.indices[first : first + self.batch_size]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples and batches
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Samples(Dataset):
+    """The data set with augmentation: the item (position, index) has the random numbers of (seed, position)."""
+
+    dataset: Dataset
+    augment: Augment
+    seed: int
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Target, tuple[int, int], int]:
+        position, index = item
+        image, target = self.dataset[index]
+        image_id = self.dataset.image_id(index)
+        original_size = (image.shape[1], image.shape[2])
+        joints = self.dataset.joints or None
+        check_target(target, original_size, len(self.dataset.categories), joints, f"target of image {image_id}")
+        generator = torch.Generator().manual_seed(_mix(self.seed, 1, position))
+        return (*self.augment(image, target, generator), original_size, image_id)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A batch in a handful of tensors: each costs a file handle on its way between two processes."""
+
+    images: ImageBatch
+    rows: Target  # of all images, one after the other, without masks
+    masks: Tensor | None  # all pixels of all masks, one after the other
+    counts: list[int]  # instances per image
+    image_ids: list[int]
+
+    @classmethod
+    def collate(cls, samples: list[tuple[Tensor, Target, tuple[int, int], int]]) -> PackedBatch:
+        images, targets, original_sizes, image_ids = zip(*samples)
+        batch = ImageBatch.collate(list(images), list(original_sizes))
+        masks = None
+        if targets[0].masks is not None:
+            masks = torch.cat([target.masks.reshape(-1) for target in targets])
+        rows = Target.cat([Target(t.boxes, t.labels, None, t.keypoints, t.crowd) for t in targets])
+        return cls(batch, rows, masks, [len(target) for target in targets], list(image_ids))
+
+    def pin_memory(self) -> PackedBatch:
+        """The same batch in page-locked memory."""
+        masks = None if self.masks is None else self.masks.pin_memory()
+        return PackedBatch(self.images.pin_memory(), self.rows.pin_memory(), masks, self.counts, self.image_ids)
+
+    def unpack(self) -> Batch:
+        """The images, one Target per image, and the image ids."""
+        targets, row, pixel = [], 0, 0
+        for count, (height, width) in zip(self.counts, self.images.sizes):
+            part = self.rows[row : row + count]
+            masks = None
+            if self.masks is not None:
+                masks = self.masks[pixel : pixel + count * height * width].reshape(count, height, width)
+            targets.append(Target(part.boxes, part.labels, masks, part.keypoints, part.crowd))
+            row, pixel = row + count, pixel + count * height * width
+        return self.images, targets, self.image_ids
+
+
+def _loader(samples: _Samples, order: Any, workers: int, timeout: float) -> DataLoader:
+    return DataLoader(
+        samples,
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=PackedBatch.collate,
+        timeout=timeout if workers else 0,
+        prefetch_factor=PREFETCH if workers else None,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_start_worker,
+        generator=torch.Generator().manual_seed(0),  # else the loader draws from, and so moves, the global generator
+    )
+
+
+def _start_worker(_: int) -> None:
+    torch.set_num_threads(1)  # the workers are the threads
+
+
+def _unpacked(loader: DataLoader) -> Iterator[Batch]:
+    for batch in loader:
+        yield batch.unpack()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _check_dataset(dataset: Dataset, rank: int, world: int) -> None:
+    if len(dataset) == 0:
+        raise ValueError("the data set has no images")
+    if not 0 <= rank < world:
+        raise ValueError(f"rank must lie in 0..{world - 1}, got {rank}")
+
+
+def _check_shared_memory(config: DataConfig, batch_size: int, folder: str = "/dev/shm") -> None:
+    """Workers hand batches over in shared memory; when that runs out, Linux kills them without a word."""
+    if config.workers == 0 or not Path(folder).is_dir():
+        return
+    image = 3 * 4 * max(config.min_size) * config.max_size  # bytes of a float32 image
+    needed, free = config.workers * PREFETCH * batch_size * image, shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder} has {free / 2**20:.0f} MB free, but {config.workers} workers with batches of {batch_size} may "
+            f"need {needed / 2**20:.0f} MB: start the container with --shm-size={needed * 2 / 2**30:.1f}g, use fewer "
+            f"data.workers, or none with data.workers=0"
+        )
