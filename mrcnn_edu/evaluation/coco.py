@@ -279,7 +279,7 @@ def _with_area(results: list[Result], kind: Kind) -> list[dict[str, Any]]:
     if kind == "box":
         areas = [result["bbox"][2] * result["bbox"][3] for result in results]
     elif kind == "mask":
-        areas = coco_mask.area([result["segmentation"] for result in results]) if results else []
+        areas = [coco_mask.area(result["segmentation"]) for result in results]  # of a list of over 255 it fails
     else:
         corners = [(result["keypoints"][0::3], result["keypoints"][1::3]) for result in results]
         areas = [(max(x) - min(x)) * (max(y) - min(y)) for x, y in corners]

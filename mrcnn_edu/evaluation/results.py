@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 
-from mrcnn_edu.data.coco import CocoDataset
+from mrcnn_edu.data.coco import CategoryMap, CocoDataset
 from mrcnn_edu.masks import rle_counts, rle_encode, rle_size
 from mrcnn_edu.ops import PasteRule, paste_masks
 from mrcnn_edu.structures import Detections, Size
@@ -44,25 +44,27 @@ def to_coco_results(
     for image_id, detections in predictions.items():
         if image_id not in sizes:
             raise ValueError(f"there is no image {image_id!r} in {dataset.annotations_file}, so it has no predictions")
-        results += _image_results(dataset, image_id, sizes[image_id], detections.to("cpu"), kind, paste)
+        results += image_results(dataset.categories, image_id, sizes[image_id], detections, kind, paste)
     return results
 
 
-def _image_results(
-    dataset: CocoDataset, image_id: int, size: Size, detections: Detections, kind: Kind, paste: PasteRule
-) -> Iterable[Result]:
+def image_results(
+    categories: CategoryMap, image_id: int, size: Size, detections: Detections, kind: Kind, paste: PasteRule
+) -> Iterator[Result]:
+    """As ``to_coco_results``, for one image of (height, width) ``size``, which need not belong to a data set."""
+    detections = detections.to("cpu")
     part = {"box": detections.boxes, "mask": detections.mask_probs, "keypoint": detections.keypoints}[kind]
     if part is None and len(detections):
         raise ValueError(f"the detections of image {image_id} hold no {kind}s; leave {kind!r} out of the kinds")
     for name, value in (("scores", detections.scores), (FIELDS[kind], part)):
         if len(detections) and not bool(torch.isfinite(value).all()):
             raise ValueError(f"the {name} predicted for image {image_id} hold NaN or infinity")
-    classes = len(dataset.categories.categories)
+    classes = len(categories)
     for row in torch.argsort(detections.scores, descending=True, stable=True).tolist():
         label = int(detections.labels[row])
         if not 1 <= label <= classes:
             raise ValueError(f"image {image_id}: labels must lie in 1..{classes}, got {label}")
-        category = dataset.categories.categories[label - 1]
+        category = categories.categories[label - 1]
         result = {"image_id": image_id, "category_id": category.id, "score": float(detections.scores[row])}
         if kind == "box":
             x1, y1, x2, y2 = part[row].tolist()

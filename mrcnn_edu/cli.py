@@ -1,0 +1,211 @@
+"""The ``mrcnn-edu`` command: what can be typed, and how it is understood. ``commands`` does the work.
+
+Chapter 18 (your own data). Every field of a configuration is an option: ``--model.rpn.nms-threshold 0.5``.
+
+Nothing here imports PyTorch, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.extras import subcommand_cli_from_dict
+
+from mrcnn_edu.config import (
+    CONVENTIONS,
+    PRESETS,
+    Config,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    from_json,
+    lookup,
+    preset,
+)
+
+Flag = FlagCreatePairsOff[bool]
+DEMO_WEIGHTS = Path("runs/demo/weights.safetensors")
+DESCRIPTION = """Mask R-CNN, exact and readable: train it, measure it, use it.
+
+Begin with "mrcnn-edu demo". Each command explains itself: "mrcnn-edu train --help"."""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Train a small Mask R-CNN on drawn shapes, measure it on images it has not seen, and show what it finds.
+
+    Takes minutes on two cores. Writes the data set, the run, metrics.json and sheet.png. A run that was stopped goes on
+    where it was; one that is complete is only measured again.
+    """
+
+    out: Path = Path("runs/demo")  # folder of the run
+    data: Path | None = None  # folder of the drawn images; None: data/shapes, or inside the run's folder with --smoke
+    seed: int = 0  # of weights and training; the images are always the same
+    iterations: int | None = None  # of 4 images each; None: what the preset says
+    smoke: Flag = False  # only check that everything runs, with few images and iterations
+    device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train on your own images with COCO-format annotations.
+
+    FOLDER holds train/ and train.json, and for validation val/ and val.json; or train2017/ and
+    annotations/instances_train2017.json as COCO does. Anything else is named with --data.train-images and so on.
+    Classes and keypoints are those of the annotations.
+    """
+
+    folder: Annotated[Positional[Path | None], arg(metavar="FOLDER")] = None  # images and annotations
+    preset: Annotated[str, arg(metavar="NAME", help="what to start from: " + ", ".join(PRESETS))] = "maskrcnn_shapes"
+    conventions: Annotated[str, arg(metavar="NAME", help="whose details: " + ", ".join(CONVENTIONS))] = "paper"
+    config: Path | None = None  # start from this config.json of a run instead of from a preset
+    out: Path = Path("runs/train")  # folder of the run
+    resume: Flag = False  # continue from the last checkpoint in --out, with the config.json there
+    backbone: Path | None = None  # torchvision's ImageNet weights of the ResNet, a .pth file
+    device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure the AP of trained weights as COCO does: boxes, masks and keypoints.
+
+    Prints a table and writes metrics.json and results-*.json, which the COCO server reads as well.
+    """
+
+    folder: Annotated[Positional[Path], arg(metavar="FOLDER")] = Path("data/shapes")  # laid out as for train
+    split: str = "val"  # which images of the folder
+    images: Path | None = None  # the folder of images, where FOLDER is laid out in another way ...
+    annotations: Path | None = None  # ... and their COCO-format file
+    weights: Path = DEMO_WEIGHTS  # weights.safetensors of a run, or the run's folder
+    out: Path = Path("runs/evaluate")  # folder for the results
+    min_size: int | None = None  # px, shorter side the network sees; None: as in the run's config.json, else 800
+    max_size: int | None = None  # px, longer side; None: as in the run's config.json, else 1333
+    strict: bool = True  # refuse an inconsistent annotation file; --no-strict drops the faulty parts and reports them
+    device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Find the instances in pictures.
+
+    Writes images.json and results-*.json in COCO's format, and pictures of what was found.
+    """
+
+    images: Annotated[
+        Positional[tuple[str, ...]],
+        arg(metavar="PICTURE ...", help_behavior_hint="", help='files, folders or patterns such as "photos/*.jpg"'),
+    ]
+    weights: Path = DEMO_WEIGHTS  # weights.safetensors of a run, or the run's folder
+    out: Path = Path("runs/predict")  # folder for the results
+    score: float = 0.5  # draw, and write masks of, detections of at least this score; results-*.json has all
+    overlays: bool = True  # write overlays/<picture>.png with what was found
+    masks: Flag = False  # write masks/<picture>-<number>-<class>.png for each instance, white on black
+    min_size: int | None = None  # px, shorter side the network sees; None: as in the run's config.json, else 800
+    max_size: int | None = None  # px, longer side; None: as in the run's config.json, else 1333
+    device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
+
+
+COMMANDS = {"demo": Demo, "train": Train, "evaluate": Evaluate, "predict": Predict}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command. Returns its exit status: 0, 2 for anything wrong with what was asked, 130 for Ctrl-C.
+
+    An error is one sentence on stderr; with MRCNN_EDU_DEBUG set in the environment it is the whole traceback.
+    """
+    try:
+        options = parse(sys.argv[1:] if arguments is None else arguments)
+        run = getattr(import_module("mrcnn_edu.commands"), type(options).__name__.lower())
+        run(options)
+    except KeyboardInterrupt as stop:
+        print(f"mrcnn-edu: {stop or 'stopped'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        if os.environ.get("MRCNN_EDU_DEBUG"):
+            raise
+        print(f"mrcnn-edu: {sentence(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def sentence(error: Exception) -> str:
+    """What an exception says, with the file first where the system's own message has none of our words."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def parse(arguments: list[str]) -> Demo | Train | Evaluate | Predict:
+    """What a command line asks for; exits after --help (0) and after a mistake (2), naming the nearest right option."""
+    if not arguments or arguments[0].startswith("-"):
+        about = arguments or ["--help"]
+        return subcommand_cli_from_dict(COMMANDS, prog="mrcnn-edu", description=DESCRIPTION, args=about)
+    name, rest = arguments[0], arguments[1:]
+    registry = tyro.constructors.ConstructorRegistry()
+    registry.primitive_rule(nested_sizes)
+    return tyro.cli(
+        lookup("command", COMMANDS, name),
+        default=_train_defaults(rest) if name == "train" else None,
+        prog=f"mrcnn-edu {name}",
+        args=rest,
+        config=(tyro.conf.AvoidSubcommands,),
+        registry=registry,
+    )
+
+
+def _train_defaults(arguments: list[str]) -> Train:
+    start = starting_config(arguments)
+    return Train(model=start.model, data=start.data, train=start.train)
+
+
+def starting_config(arguments: list[str]) -> Config:
+    """What ``train``'s other options change: a named preset, a run's config.json, or with --resume that of --out."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("preset", "conventions", "config", "out"):
+        early.add_argument(f"--{name}", nargs="?")
+    early.add_argument("--resume", action="store_true")
+    chosen, _ = early.parse_known_args(arguments)
+    file = chosen.config
+    if chosen.resume and file is None:
+        file = Path(chosen.out or Train.out) / "config.json"
+    if file is None:
+        return preset(chosen.preset or Train.preset, chosen.conventions or "paper")
+    if chosen.preset or chosen.conventions:
+        raise ValueError(f"{file} already says everything; leave --preset and --conventions out")
+    return read_config(Path(file))
+
+
+def read_config(file: Path) -> Config:
+    """The configuration that a run has left in its folder."""
+    try:
+        return from_json(Config, json.loads(file.read_text()), str(file))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+
+
+def nested_sizes(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    """How a field like ``anchor_sizes`` is typed: one word per level, with commas between the numbers of one level."""
+    if info.type != tuple[tuple[float, ...], ...]:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="SIZE,...",
+        instance_from_str=lambda words: tuple(tuple(float(size) for size in word.split(",")) for word in words),
+        is_instance=lambda value: isinstance(value, tuple) and all(isinstance(level, tuple) for level in value),
+        str_from_instance=lambda value: [",".join(f"{size:g}" for size in level) for level in value],
+    )

@@ -1,0 +1,259 @@
+"""What the ``mrcnn-edu`` command does, one function per subcommand; ``cli`` says what can be typed.
+
+Chapter 18 (your own data).
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from mrcnn_edu import demo as demo_run
+from mrcnn_edu import ops
+from mrcnn_edu.cli import Demo, Evaluate, Predict, Train, read_config
+from mrcnn_edu.config import Config, DataConfig, ModelConfig, for_categories
+from mrcnn_edu.data.coco import CategoryMap, CocoDataset, read_image
+from mrcnn_edu.evaluation.measure import branches, measure
+from mrcnn_edu.evaluation.report import as_text, save_json
+from mrcnn_edu.evaluation.results import FILES, PasteRule, image_results, save_results
+from mrcnn_edu.inference import predict as predict_image
+from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
+from mrcnn_edu.ops import paste_masks
+from mrcnn_edu.structures import Detections
+from mrcnn_edu.training.checkpoint import write_json
+from mrcnn_edu.training.export import load_model
+from mrcnn_edu.training.loop import train as train_model
+from mrcnn_edu.training.randomness import seed_rng
+from mrcnn_edu.training.setup import choose_device
+from mrcnn_edu.visualize import draw
+from mrcnn_edu.weights import load_imagenet
+
+PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jp2", ".avif"}
+
+
+def demo(options: Demo) -> None:
+    """Train, measure and look at a small model."""
+    demo_run.run(options.out, options.data, options.seed, options.iterations, options.smoke, options.device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Train
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(options: Train) -> None:
+    """Train on COCO-format data and leave a run in ``options.out``."""
+    with_keypoints = options.model.keypoint is not None
+    data = options.data if options.folder is None else with_folder(options.data, options.folder, with_keypoints)
+    if not data.train_images or not data.train_annotations:
+        raise ValueError("no training data: give FOLDER, or --data.train-images and --data.train-annotations")
+    train_data = open_dataset(data.train_images, data.train_annotations, data.strict)
+    val_data = open_dataset(data.val_images, data.val_annotations, data.strict) if data.val_annotations else None
+    model_config = for_categories(options.model, train_data.categories)
+    say_model(model_config, train_data.categories, with_keypoints)
+    config = Config(model_config, data, options.train)
+    seed_rng(config.train.seed)
+    model = build_model(config.model)
+    start_backbone(model, options.backbone, options.resume)
+    summary = train_model(config, model, train_data, val_data, options.out, options.resume, device=options.device)
+    for kind in summary.get("evaluation", {}):
+        if kind in FILES:
+            print(f"{kind} AP {summary['evaluation'][kind]['AP']}")
+    print(f"The run: {options.out}, its weights: {options.out / 'weights.safetensors'}")
+
+
+def with_folder(data: DataConfig, folder: Path, keypoints: bool) -> DataConfig:
+    """The data config with the images and annotations that lie in a folder; validation data are optional."""
+    images, annotations = find_split(folder, "train", keypoints)
+    data = replace(data, train_images=str(images), train_annotations=str(annotations))
+    try:
+        images, annotations = find_split(folder, "val", keypoints)
+    except FileNotFoundError:
+        print(f"No validation data in {folder}: nothing will be measured")
+        return data
+    return replace(data, val_images=str(images), val_annotations=str(annotations))
+
+
+def find_split(folder: Path, split: str, keypoints: bool) -> tuple[Path, Path]:
+    """The image folder and the annotation file of "train" or "val", in one of the usual layouts."""
+    coco = folder / f"{split}2017"
+    tried = [(folder / split, folder / f"{split}.json")]
+    if keypoints:
+        tried.append((coco, folder / "annotations" / f"person_keypoints_{split}2017.json"))
+    tried.append((coco, folder / "annotations" / f"instances_{split}2017.json"))
+    for images, file in tried:
+        if images.is_dir() and file.is_file():
+            return images, file
+    looked = " or ".join(f"{images} with {file}" for images, file in tried)
+    raise FileNotFoundError(f"no {split} data in {folder}; looked for {looked}")
+
+
+def open_dataset(images: str | Path, annotations: str | Path, strict: bool) -> CocoDataset:
+    """A data set, saying what was dropped from it if it was read leniently."""
+    dataset = CocoDataset(images, annotations, strict)
+    if dataset.report:
+        print(f"{annotations}: {dataset.report}")
+    return dataset
+
+
+def say_model(config: ModelConfig, categories: CategoryMap, wanted_keypoints: bool) -> None:
+    """What was taken from the annotations, so that nobody trains another model than they think."""
+    names = categories.names
+    shown = ", ".join(names[:8]) + (f", ... {names[-1]}" if len(names) > 8 else "")
+    branches = [name for name in ("box", "mask", "keypoint") if getattr(config, name) is not None]
+    print(f"{config.classes} classes ({shown}); branches: {', '.join(branches)}; ops: {ops.backend()}")
+    if wanted_keypoints and config.keypoint is None:
+        print("The annotations have no keypoints: the keypoint branch is left out")
+
+
+def start_backbone(model: MaskRCNN, weights: Path | None, resume: bool) -> None:
+    """Load ImageNet weights into the backbone; refuse to train one whose frozen parts would stay random."""
+    if weights is not None:
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # a file of another kind can fail in any way inside the reader
+            raise ValueError(f"{weights} is not a PyTorch weights file: {str(error).splitlines()[0]}") from error
+        load_imagenet(model.backbone.resnet, state)
+    elif model.config.backbone.norm == "frozen" and not resume:
+        raise ValueError(
+            "this backbone has frozen parts that need ImageNet weights: give torchvision's file with --backbone, or "
+            "train all of it from scratch with --model.backbone.norm batch --model.backbone.frozen-stages 0"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluate
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def evaluate(options: Evaluate) -> None:
+    """Measure trained weights on COCO-format data."""
+    model, categories, config = open_weights(options.weights, options.min_size, options.max_size)
+    model.to(choose_device(options.device))
+    if (options.images is None) != (options.annotations is None):
+        raise ValueError("--images and --annotations belong together: give both or neither")
+    if options.images is None:
+        images, annotations = find_split(options.folder, options.split, model.config.keypoint is not None)
+    else:
+        images, annotations = options.images, options.annotations
+    dataset = open_dataset(images, annotations, options.strict)
+    if dataset.categories.to_json() != categories.to_json():
+        raise ValueError(
+            f"the weights know {categories.names}, {annotations} has {dataset.categories.names}; "
+            "the categories, their ids and their order must be the same"
+        )
+    evaluation, _ = measure(model, dataset, config, options.out)
+    save_json(options.out / "metrics.json", evaluation)
+    print(as_text(evaluation))
+    print(f"Numbers: {options.out / 'metrics.json'}, results: {options.out}/results-*.json")
+
+
+def open_weights(path: Path, min_size: int | None, max_size: int | None) -> tuple[MaskRCNN, CategoryMap, DataConfig]:
+    """A trained model, its categories, and the size at which it should see images."""
+    path = path / "weights.safetensors" if path.is_dir() else path
+    model, categories = load_model(path)
+    beside = path.with_name("config.json")
+    data = read_config(beside).data if beside.exists() else DataConfig()
+    data = replace(data, max_size=max_size or max(data.max_size, min_size or 0), min_size=(1,))
+    return model, categories, replace(data, test_size=min_size or data.test_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Predict
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def predict(options: Predict) -> None:
+    """Find the instances in pictures; one that cannot be read is named at the end and does not stop the others."""
+    paths = find_pictures(options.images)
+    model, categories, config = open_weights(options.weights, options.min_size, options.max_size)
+    model.to(choose_device(options.device))
+    names, plain = picture_names(paths)
+    images: list[dict[str, Any]] = []
+    results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in branches(model)}
+    problems: list[str] = []
+    try:
+        for image_id, path in enumerate(tqdm(paths, unit="picture", disable=len(paths) == 1), start=1):
+            try:
+                image = read_image(path)
+            except OSError as error:
+                problems.append(str(error))
+                continue
+            size = (image.shape[1], image.shape[2])
+            found = predict_image(model, image, config.test_size, config.max_size)
+            images.append({"id": image_id, "file_name": names[path], "height": size[0], "width": size[1]})
+            for kind, entries in results.items():
+                entries += image_results(categories, image_id, size, found, kind, model.config.conventions.paste)
+            save_pictures(options, plain[path], image, found, categories, model.config.conventions.paste)
+    finally:  # what was found before an interruption is kept
+        save_listing(options.out, images, categories, results)
+    print(f"{len(results['box'])} detections in {len(images)} pictures: {options.out}")
+    if problems:
+        raise OSError(f"{len(problems)} of {len(paths)} pictures could not be read: {'; '.join(problems[:5])}")
+
+
+def find_pictures(patterns: tuple[str, ...]) -> list[Path]:
+    """The picture files that are meant, each once, in order; everything named must exist."""
+    if not patterns:
+        raise ValueError('no pictures: name files, folders or patterns such as "photos/*.jpg"')
+    paths: list[Path] = []
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+        elif path.exists():
+            found = [path]
+        else:
+            found = sorted(Path(file) for file in glob.glob(pattern, recursive=True) if Path(file).is_file())
+        if not found:
+            raise FileNotFoundError(f"no picture at {pattern}")
+        paths += found
+    return list(dict.fromkeys(paths))
+
+
+def picture_names(paths: list[Path]) -> tuple[dict[Path, str], dict[Path, str]]:
+    """Each picture's name below the folder that holds them all, and the same without its suffix where that suffices."""
+    full = {path: path.resolve() for path in paths}
+    top = Path(os.path.commonpath([path.parent for path in full.values()]))
+    names = {path: where.relative_to(top) for path, where in full.items()}
+    counts = Counter(name.with_suffix("") for name in names.values())
+    plain = {path: name.with_suffix("") if counts[name.with_suffix("")] == 1 else name for path, name in names.items()}
+    return {path: name.as_posix() for path, name in names.items()}, {path: str(name) for path, name in plain.items()}
+
+
+def save_listing(out: Path, images: list[dict], categories: CategoryMap, results: dict[str, list[dict]]) -> None:
+    """The pictures as a COCO file without annotations, and beside it the results that refer to it."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "images.json", {"images": images, "annotations": [], "categories": categories.to_json()})
+    for kind, entries in results.items():
+        save_results(out / FILES[kind], entries)
+
+
+def save_pictures(
+    options: Predict, name: str, image: Tensor, found: Detections, categories: CategoryMap, paste: PasteRule
+) -> None:
+    """The overlay of one picture and the masks of its instances, as far as they are wanted."""
+    if options.overlays:
+        target = options.out / "overlays" / f"{name}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draw(image, found, categories, score_threshold=options.score).savefig(target, dpi=150)
+    if options.masks and found.mask_probs is not None:
+        kept = found[found.scores >= options.score]
+        for number, label in enumerate(kept.labels.tolist()):
+            one, class_name = kept[number : number + 1], re.sub(r"[^\w-]+", "-", categories.names[label - 1])
+            target = options.out / "masks" / f"{name}-{number + 1}-{class_name}.png"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            mask = paste_masks(one.mask_probs, one.boxes, (image.shape[1], image.shape[2]), rule=paste)[0]
+            Image.fromarray(mask.to(torch.uint8).mul(255).numpy()).save(target)
