@@ -48,10 +48,8 @@ class Stamp:
 def stamp(label: int, x: float, y: float, half: float, rng: np.random.Generator, size: Size) -> Stamp:
     """A shape of the given class around (x, y), turned by a random angle."""
     reach = half + 2
-    rows = slice(max(0, math.floor(y - reach)), min(size[0], math.ceil(y + reach)))
-    columns = slice(max(0, math.floor(x - reach)), min(size[1], math.ceil(x + reach)))
-    dx = np.arange(columns.start, max(columns.start, columns.stop), dtype=np.float32)[None, :] + np.float32(0.5 - x)
-    dy = np.arange(rows.start, max(rows.start, rows.stop), dtype=np.float32)[:, None] + np.float32(0.5 - y)
+    rows, columns = _window(y - reach, y + reach, size[0]), _window(x - reach, x + reach, size[1])
+    dx, dy = _centres(columns)[None, :] - np.float32(x), _centres(rows)[:, None] - np.float32(y)
     upright = label == FIGURE
     angle = rng.uniform(-0.4, 0.4) if upright else rng.uniform(0, 2 * math.pi)
     cos, sin = math.cos(angle), math.sin(angle)
@@ -61,6 +59,16 @@ def stamp(label: int, x: float, y: float, half: float, rng: np.random.Generator,
     outline = None if outline is None else outline @ turn + (x, y)
     joints = None if joints is None else joints @ turn + (x, y)
     return Stamp(rows, columns, half, distance, distance < 0, dx, dy, outline, joints)
+
+
+def _window(low: float, high: float, extent: int) -> slice:
+    """The pixels of 0..extent - 1 between two coordinates."""
+    start = min(max(0, math.floor(low)), extent)
+    return slice(start, max(start, min(extent, math.ceil(high))))
+
+
+def _centres(pixels: slice) -> np.ndarray:
+    return np.arange(pixels.start, pixels.stop, dtype=np.float32) + np.float32(0.5)
 
 
 Drawn = tuple[np.ndarray, "np.ndarray | None", "np.ndarray | None"]  # distance, outline, joints, in the shape's axes
@@ -150,38 +158,36 @@ def _capsule(x: np.ndarray, y: np.ndarray, start: np.ndarray, end: np.ndarray) -
 
 
 def paint(pixels: np.ndarray, stamp: Stamp, rng: np.random.Generator) -> None:
-    """Blend a textured shape over ``pixels [H, W, 3]`` float32, in place, soft over one pixel at its edge."""
-    window = pixels[stamp.rows, stamp.columns]
+    """Blend a textured shape over ``pixels [3, H, W]`` float32, in place, soft over one pixel at its edge."""
+    window = pixels[:, stamp.rows, stamp.columns]
     if window.size == 0:
         return
-    first, second = _colours(rng, window.mean(axis=(0, 1)))
-    opacity = np.clip(0.5 - stamp.distance, 0, 1)[..., None]
+    first, second = _colours(rng, window.mean(axis=(1, 2)))
+    opacity = np.clip(0.5 - stamp.distance, 0, 1)
     window += opacity * (_texture(rng, stamp.x, stamp.y, stamp.half, first, second) - window)
 
 
 def background(rng: np.random.Generator, size: Size) -> np.ndarray:
-    """An empty scene ``[H, W, 3]`` float32 in [0, 1]."""
+    """An empty scene ``[3, H, W]`` float32 in [0, 1]."""
     height, width = size
     x = np.arange(width, dtype=np.float32)[None, :] - width / 2
     y = np.arange(height, dtype=np.float32)[:, None] - height / 2
     first, second = _colours(rng, None)
     paint = _texture(rng, x, y, min(height, width) / 2, first, first + 0.6 * (second - first))
-    return np.array(np.broadcast_to(paint, (height, width, 3)), dtype=np.float32)
+    return np.array(np.broadcast_to(paint, (3, height, width)), dtype=np.float32)
 
 
 def draw_line(pixels: np.ndarray, rng: np.random.Generator) -> None:
-    """Clutter without a label: a straight line somewhere on ``pixels [H, W, 3]`` float32, in place."""
-    height, width = pixels.shape[:2]
+    """Clutter without a label: a straight line somewhere on ``pixels [3, H, W]`` float32, in place."""
+    height, width = pixels.shape[1:]
     start, end = rng.uniform(-0.1, 1.1, (2, 2)) * (width, height)
     thickness = rng.uniform(0.3, 1.6) * min(height, width) / 160
     low, high = np.minimum(start, end) - thickness - 1, np.maximum(start, end) + thickness + 1
-    columns = slice(int(max(0, low[0])), int(max(0, min(width, high[0] + 1))))
-    rows = slice(int(max(0, low[1])), int(max(0, min(height, high[1] + 1))))
-    x = np.arange(columns.start, max(columns.start, columns.stop), dtype=np.float32)[None, :] + 0.5
-    y = np.arange(rows.start, max(rows.start, rows.stop), dtype=np.float32)[:, None] + 0.5
-    opacity = np.clip(0.5 + thickness - _capsule(x, y, start, end), 0, 1)[..., None]
-    window = pixels[rows, columns]
-    window += opacity * (_colours(rng, None)[0] - window)
+    columns, rows = _window(low[0], high[0], width), _window(low[1], high[1], height)
+    x, y = _centres(columns)[None, :], _centres(rows)[:, None]
+    opacity = np.clip(0.5 + thickness - _capsule(x, y, start, end), 0, 1)
+    window = pixels[:, rows, columns]
+    window += opacity * (_colours(rng, None)[0][:, None, None] - window)
 
 
 def _colours(rng: np.random.Generator, around: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -200,7 +206,8 @@ def _colours(rng: np.random.Generator, around: np.ndarray | None) -> tuple[np.nd
 def _texture(
     rng: np.random.Generator, x: np.ndarray, y: np.ndarray, half: float, first: np.ndarray, second: np.ndarray
 ) -> np.ndarray:
-    """A solid, striped, cloudy or gradient mixture of two colours, ``[h, w, 3]`` or broadcastable to it."""
+    """A solid, striped, cloudy or gradient mixture of two colours, ``[3, h, w]``, or ``[3, 1, 1]`` where it is even."""
+    first, second = first[:, None, None], second[:, None, None]
     kind = rng.integers(0, 4)
     if kind == 0:
         return first
@@ -214,4 +221,4 @@ def _texture(
         share = np.clip(np.asarray(Image.fromarray(coarse).resize(along.shape[::-1], Image.Resampling.BICUBIC)), 0, 1)
     else:
         share = np.clip(0.5 + 0.5 * along / half, 0, 1)
-    return first + share[..., None] * (second - first)
+    return first + share * (second - first)

@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,8 @@ __all__ = ["CATEGORY_IDS", "CLASSES", "FIGURE", "FLIP_PAIRS", "JOINTS", "SKELETO
 CATEGORY_IDS = (3, 7, 12, 18, 25, 31)  # of the classes in a written file; as in COCO, with gaps
 HALF_SIZE = (0.04, 0.34)  # of the image's shorter side, log-uniform
 MOST_HIDDEN = 0.6  # a later shape may hide this share of an earlier one
+VERSION = 1  # of the drawings: raise it when the same seed gives another image, so that old folders are rewritten
+SPLITS = ("train", "val")
 EMPTY, CROWDED = 0.03, 0.07  # shares of images without any instance, and with a crowd region
 
 
@@ -58,7 +61,7 @@ def make(
     returns    image [3, H, W] uint8, Target with masks, keypoints [N, 7, 3] (zeros except for figures) and crowd
     """
     scene = draw_scene(seed, size, instances)
-    return torch.from_numpy(scene.pixels).permute(2, 0, 1), scene.target()
+    return torch.from_numpy(scene.pixels), scene.target()
 
 
 @dataclass
@@ -76,7 +79,7 @@ class Instance:
 class Scene:
     """A drawing in progress: its pixels, which instance owns each of them, and the instances from back to front."""
 
-    pixels: np.ndarray  # [H, W, 3] float32 in [0, 1] while drawing, uint8 when done
+    pixels: np.ndarray  # [3, H, W] float32 in [0, 1] while drawing, uint8 when done
     owner: np.ndarray  # [H, W] int16, index into ``instances``, -1 for background
     instances: list[Instance] = field(default_factory=list)
 
@@ -203,40 +206,61 @@ def write(folder: str | Path, train: int = 4000, val: int = 200, size: int | Siz
     The files appear all at once or not at all. Raises ValueError for a folder that holds something else.
     """
     folder = Path(folder)
-    stamp = {"made_by": "mrcnn_edu.data.shapes", "version": 1, "train": train, "val": val, "seed": seed}
-    stamp["size"] = list(size) if isinstance(size, (list, tuple)) else [size, size]
-    if _is_complete(folder, stamp):
+    made = {"made_by": "mrcnn_edu.data.shapes", "version": VERSION, "train": train, "val": val, "seed": seed}
+    made["size"] = list(size) if isinstance(size, (list, tuple)) else [size, size]
+    if train < 0 or val < 0:
+        raise ValueError(f"train and val must be 0 or more images, got {train} and {val}")
+    if _is_complete(folder, made):
         return folder
-    if folder.exists() and any(folder.iterdir()) and not (folder / "stamp.json").exists():
-        raise ValueError(f"{folder} holds files that are not drawn shapes; choose an empty or a new folder")
+    _check_replaceable(folder)
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    for split, (name, count) in enumerate((("train", train), ("val", val))):
-        (partial / name).mkdir(parents=True)
-        _write_split(partial, name, count, tuple(stamp["size"]), (seed, split))
-    (partial / "stamp.json").write_text(json.dumps(stamp))
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial, folder)
+    try:
+        for split, name in enumerate(SPLITS):
+            (partial / name).mkdir(parents=True)
+            _write_split(partial, name, made[name], tuple(made["size"]), (seed, split))
+        (partial / "stamp.json").write_text(json.dumps(made))
+        if not _is_complete(folder, made):  # else another process was faster
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def _is_complete(folder: Path, stamp: dict[str, Any]) -> bool:
+def _is_complete(folder: Path, made: dict[str, Any]) -> bool:
     try:
-        if json.loads((folder / "stamp.json").read_text()) != stamp:
+        if json.loads((folder / "stamp.json").read_text()) != made:
             return False
     except (OSError, ValueError):
         return False
     return all(
-        (folder / f"{name}.json").exists() and sum(1 for _ in (folder / name).glob("*.png")) == stamp[name]
-        for name in ("train", "val")
+        (folder / f"{name}.json").exists() and sum(1 for _ in (folder / name).glob("*.png")) == made[name]
+        for name in SPLITS
     )
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Only what an earlier ``write`` left may be replaced."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; choose a folder")
+    found, ours = (
+        {path.name for path in folder.iterdir()},
+        {"stamp.json", *SPLITS, *(f"{name}.json" for name in SPLITS)},
+    )
+    if found and not ("stamp.json" in found and found <= ours):
+        raise ValueError(
+            f"{folder} holds other files, such as {min(found - ours or found)}; choose an empty or new folder"
+        )
 
 
 def _write_split(folder: Path, name: str, count: int, size: Size, seed: tuple[int, int]) -> None:
     jobs = [(folder / name, index, size, seed) for index in range(count)]
-    if count >= 64 and "fork" in multiprocessing.get_all_start_methods():
-        with multiprocessing.get_context("fork").Pool(2) as pool:
+    if count >= 64 and sys.platform == "linux":  # elsewhere forking is unsafe or unknown
+        processes = min(8, len(os.sched_getaffinity(0)))
+        # one thread each: a forked process must not use the thread pool its parent may have started
+        with multiprocessing.get_context("fork").Pool(processes, torch.set_num_threads, (1,)) as pool:
             described = pool.starmap(_write_image, jobs, chunksize=16)
     else:
         described = [_write_image(*job) for job in jobs]
@@ -256,7 +280,9 @@ def _write_split(folder: Path, name: str, count: int, size: Size, seed: tuple[in
 def _write_image(folder: Path, index: int, size: Size, seed: tuple[int, int]) -> list[dict[str, Any]]:
     """Draw and save one image; its annotations, still without ids."""
     scene = draw_scene((*seed, index), size)
-    Image.fromarray(scene.pixels).save(folder / f"{index + 1:06d}.png", compress_level=1)
+    Image.fromarray(scene.pixels.transpose(1, 2, 0).copy()).save(
+        folder / f"{index + 1:06d}.png", compress_level=0
+    )  # noise does not shrink; this reads faster
     target = scene.target()
     return [_annotation(scene, target, row, index + 1) for row in range(len(target))]
 
