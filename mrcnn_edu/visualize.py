@@ -1,7 +1,7 @@
 """Pictures of what goes in and comes out: instances on an image, and sheets of truth beside prediction.
 
-Chapter 1 (instances) and Chapter 12 (predictions); ``diagrams`` draws anchors, proposals and RoI grids. Every function
-returns a matplotlib Figure. Boxes, masks and keypoints are in the pixels of the image they are drawn on.
+Chapter 1 (instances) and Chapter 12 (predictions); what happens in between is drawn by ``diagrams`` and offered here as
+well. Every function returns a matplotlib Figure. Boxes, masks and keypoints are in the pixels of the image below them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from torch import Tensor
 from mrcnn_edu import boxes as box_ops
 from mrcnn_edu.canvas import INK, Colour, Picture, frame, halo, outline, palette, show, shrink, stage, write
 from mrcnn_edu.data.coco import CategoryMap
+from mrcnn_edu.diagrams import draw_anchors, draw_proposals, draw_rois
 from mrcnn_edu.inference import ImageSource, as_image
 from mrcnn_edu.ops import paste_masks
 from mrcnn_edu.structures import Detections, Size, Target
+
+__all__ = ["draw", "draw_anchors", "draw_proposals", "draw_rois", "matched_colours", "sheet"]
 
 Categories = CategoryMap | Sequence[str] | None  # a map knows skeletons as well; names alone stand in label order
 
@@ -226,7 +229,7 @@ def _draw_joints(ax: Axes, one: Detections | Target, categories: Categories, col
         if not category.keypoints:
             return
         skeleton = category.skeleton
-    joints = one.keypoints[0].numpy()  # [J, (x, y, v or score)]
+    joints = one.keypoints[0].detach().numpy()  # [J, (x, y, v or score)]
     labelled = joints[:, 2] > 0  # in a detection: zeros stand for a class without keypoints
     for a, b in ((a - 1, b - 1) for a, b in skeleton):
         if labelled[a] and labelled[b]:

@@ -65,7 +65,7 @@ def image_results(
         if not 1 <= label <= classes:
             raise ValueError(f"image {image_id}: labels must lie in 1..{classes}, got {label}")
         category = categories.categories[label - 1]
-        result = {"image_id": image_id, "category_id": category.id, "score": float(detections.scores[row])}
+        result = {"image_id": int(image_id), "category_id": category.id, "score": float(detections.scores[row])}
         if kind == "box":
             x1, y1, x2, y2 = part[row].tolist()
             result["bbox"] = [x1, y1, x2 - x1, y2 - y1]
