@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mrcnn_edu.inference import predict
     from mrcnn_edu.models.mask_rcnn import build_model
     from mrcnn_edu.structures import Detections, ImageBatch, Proposals, Samples, Target
+    from mrcnn_edu.training.export import load_model
     from mrcnn_edu.training.loop import train
     from mrcnn_edu.visualize import draw
 
@@ -35,6 +36,7 @@ __all__ = [
     "build_model",
     "draw",
     "evaluate",
+    "load_model",
     "predict",
     "preset",
     "train",
@@ -47,6 +49,7 @@ _HOME = {
     "inference": ("predict",),
     "models.mask_rcnn": ("build_model",),
     "structures": ("Detections", "ImageBatch", "Proposals", "Samples", "Target"),
+    "training.export": ("load_model",),
     "training.loop": ("train",),
     "visualize": ("draw",),
 }
