@@ -21,17 +21,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mrcnn_edu.config import DataConfig
-from mrcnn_edu.data.transforms import Augment
-from mrcnn_edu.structures import ImageBatch, Target, check_target
+from mrcnn_edu.data.coco import CocoDataset
+from mrcnn_edu.data.transforms import Augment, resized
+from mrcnn_edu.structures import ImageBatch, Size, Target, check_target
 
 Batch = tuple[ImageBatch, list[Target], list[int]]  # images, their targets, their ids
+
+Sample = tuple[Tensor, Target, Size, int]  # image, target, size before the resize, image id
 
 TIMEOUT = 300.0  # seconds a batch may take before a stuck worker is called an error
 PREFETCH = 2  # batches each worker prepares ahead
 
 
 def train_loader(
-    dataset: Dataset,
+    dataset: CocoDataset,
     config: DataConfig,
     batch_size: int,
     seed: int,
@@ -42,7 +45,8 @@ def train_loader(
 ) -> Iterator[Batch]:
     """Endless shuffled and augmented batches; every image comes once per epoch.
 
-    dataset      with items (image, Target), ``image_id(i)``, ``categories``, ``joints`` and ``flip_pairs``
+    dataset      a CocoDataset, or anything with its items, ``image_id``, ``sizes``, ``categories``, ``joints`` and
+                 ``flip_pairs``
     batch_size   images per iteration over all processes; a multiple of ``world``
     start        batches already consumed: the stream goes on after them, to the bit
     rank, world  this process among how many; each gets its own part of every batch
@@ -57,14 +61,14 @@ def train_loader(
         raise ValueError(f"start must be 0 or more batches, got {start}")
     _check_dataset(dataset, rank, world)
     share = batch_size // world
-    samples = _Samples(dataset, Augment.for_training(config, dataset.flip_pairs), seed)
+    augment = Augment.for_training(config, dataset.flip_pairs)
     order = _TrainOrder(len(dataset), batch_size, seed, start, rank * share, share)
-    _check_shared_memory(config, share)
-    return _unpacked(_loader(samples, order, config.workers, timeout))
+    _check_shared_memory(dataset, augment, share, config.workers)
+    return _unpacked(_loader(_Samples(dataset, augment, seed), order, config.workers, timeout))
 
 
 def val_loader(
-    dataset: Dataset, config: DataConfig, batch_size: int, rank: int = 0, world: int = 1, timeout: float = TIMEOUT
+    dataset: CocoDataset, config: DataConfig, batch_size: int, rank: int = 0, world: int = 1, timeout: float = TIMEOUT
 ) -> ValLoader:
     """All images once, in order, resized to ``config.test_size`` and otherwise as they are.
 
@@ -75,10 +79,10 @@ def val_loader(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     _check_dataset(dataset, rank, world)
-    samples = _Samples(dataset, Augment.for_testing(config), seed=0)
+    augment = Augment.for_testing(config)
     order = _ValOrder(range(rank, len(dataset), world), batch_size)
-    _check_shared_memory(config, batch_size)
-    return ValLoader(_loader(samples, order, config.workers, timeout))
+    _check_shared_memory(dataset, augment, batch_size, config.workers)
+    return ValLoader(_loader(_Samples(dataset, augment, seed=0), order, config.workers, timeout))
 
 
 @dataclass(frozen=True)
@@ -160,12 +164,17 @@ class _ValOrder:
 class _Samples(Dataset):
     """The data set with augmentation: the item (position, index) has the random numbers of (seed, position)."""
 
-    dataset: Dataset
+    dataset: CocoDataset
     augment: Augment
     seed: int
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Target, tuple[int, int], int]:
-        position, index = item
+    def __getitem__(self, item: tuple[int, int]) -> Sample | Exception:
+        try:
+            return self._load(*item)
+        except (OSError, TypeError, ValueError) as error:
+            return error  # to be raised by the main process; DataLoader would bury its sentence in a traceback
+
+    def _load(self, position: int, index: int) -> Sample:
         image, target = self.dataset[index]
         image_id = self.dataset.image_id(index)
         original_size = (image.shape[1], image.shape[2])
@@ -186,7 +195,11 @@ class PackedBatch:
     image_ids: list[int]
 
     @classmethod
-    def collate(cls, samples: list[tuple[Tensor, Target, tuple[int, int], int]]) -> PackedBatch:
+    def collate(cls, samples: list[Sample | Exception]) -> PackedBatch | Exception:
+        """Put samples together; an error among them takes their place."""
+        for sample in samples:
+            if isinstance(sample, Exception):
+                return sample
         images, targets, original_sizes, image_ids = zip(*samples)
         batch = ImageBatch.collate(list(images), list(original_sizes))
         masks = None
@@ -233,6 +246,8 @@ def _start_worker(_: int) -> None:
 
 def _unpacked(loader: DataLoader) -> Iterator[Batch]:
     for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
         yield batch.unpack()
 
 
@@ -241,22 +256,25 @@ def _unpacked(loader: DataLoader) -> Iterator[Batch]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _check_dataset(dataset: Dataset, rank: int, world: int) -> None:
+def _check_dataset(dataset: CocoDataset, rank: int, world: int) -> None:
     if len(dataset) == 0:
         raise ValueError("the data set has no images")
     if not 0 <= rank < world:
         raise ValueError(f"rank must lie in 0..{world - 1}, got {rank}")
 
 
-def _check_shared_memory(config: DataConfig, batch_size: int, folder: str = "/dev/shm") -> None:
+def _check_shared_memory(
+    dataset: CocoDataset, augment: Augment, batch_size: int, workers: int, folder: str = "/dev/shm"
+) -> None:
     """Workers hand batches over in shared memory; when that runs out, Linux kills them without a word."""
-    if config.workers == 0 or not Path(folder).is_dir():
+    if workers == 0 or not Path(folder).is_dir():
         return
-    image = 3 * 4 * max(config.min_size) * config.max_size  # bytes of a float32 image
-    needed, free = config.workers * PREFETCH * batch_size * image, shutil.disk_usage(folder).free
+    sizes = (resized(size, max(augment.min_sizes), augment.max_size) for size in set(dataset.sizes))
+    image = 3 * 4 * max(height * width for height, width in sizes)  # bytes of the largest, in float32
+    needed, free = workers * PREFETCH * batch_size * image, shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
-            f"{folder} has {free / 2**20:.0f} MB free, but {config.workers} workers with batches of {batch_size} may "
-            f"need {needed / 2**20:.0f} MB: start the container with --shm-size={needed * 2 / 2**30:.1f}g, use fewer "
+            f"{folder} has {free / 2**20:.0f} MB free, but {workers} workers with batches of {batch_size} may need "
+            f"{needed / 2**20:.0f} MB: start the container with --shm-size={needed * 2 / 2**30:.1f}g, use fewer "
             f"data.workers, or none with data.workers=0"
         )

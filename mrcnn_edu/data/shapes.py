@@ -245,13 +245,12 @@ def _check_replaceable(folder: Path) -> None:
         return
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; choose a folder")
-    found, ours = (
-        {path.name for path in folder.iterdir()},
-        {"stamp.json", *SPLITS, *(f"{name}.json" for name in SPLITS)},
-    )
+    found = {path.name for path in folder.iterdir()}
+    ours = {"stamp.json", *SPLITS, *(f"{name}.json" for name in SPLITS)}
     if found and not ("stamp.json" in found and found <= ours):
+        stranger = min(found - ours or found)
         raise ValueError(
-            f"{folder} holds other files, such as {min(found - ours or found)}; choose an empty or new folder"
+            f"{folder} holds files of others, such as {stranger}; choose a new or an empty folder"
         )
 
 
@@ -280,9 +279,8 @@ def _write_split(folder: Path, name: str, count: int, size: Size, seed: tuple[in
 def _write_image(folder: Path, index: int, size: Size, seed: tuple[int, int]) -> list[dict[str, Any]]:
     """Draw and save one image; its annotations, still without ids."""
     scene = draw_scene((*seed, index), size)
-    Image.fromarray(scene.pixels.transpose(1, 2, 0).copy()).save(
-        folder / f"{index + 1:06d}.png", compress_level=0
-    )  # noise does not shrink; this reads faster
+    image = Image.fromarray(np.ascontiguousarray(scene.pixels.transpose(1, 2, 0)))
+    image.save(folder / f"{index + 1:06d}.png", compress_level=0)  # noise does not shrink, and this reads faster
     target = scene.target()
     return [_annotation(scene, target, row, index + 1) for row in range(len(target))]
 
