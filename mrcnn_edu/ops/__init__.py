@@ -11,12 +11,13 @@ runs and why, ``use("reference")`` switches.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from mrcnn_edu.ops import checks, vectorized
+from mrcnn_edu.ops import checks, compiled, reference, vectorized
 
 __all__ = [
     "backend",
@@ -29,6 +30,8 @@ __all__ = [
     "roi_warp",
     "use",
 ]
+
+FAR = 1e9  # px; a box that reaches further is pasted as if it ended here
 
 Layer = Literal["roi_pool", "roi_warp", "roi_align"]
 Mode = Literal["mean", "max"]
@@ -125,7 +128,7 @@ def pool_levels(
     checks.sampling(samples_per_bin, mode)
     checks.features_and_rois(features, rois, levels, scales)
     run = _implementation(rois.device)
-    if run is vectorized or rois.device.type == "cpu":
+    if run is not compiled or rois.device.type == "cpu":  # on CUDA reading values would wait; the kernel checks them
         checks.roi_values(rois, features[0].shape[0])
     if layer == "roi_pool":
         mode = "max"
@@ -182,7 +185,8 @@ def paste_masks(
     """
     checks.masks_and_boxes(mask_probs, boxes, size, threshold, rule)
     run = _implementation(boxes.device)
-    return run.paste(mask_probs.detach(), boxes.detach(), tuple(size), threshold, rule)
+    boxes = boxes.detach().clamp(-FAR, FAR)
+    return run.paste(mask_probs.detach(), boxes, (size[0], size[1]), threshold, rule)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -194,21 +198,27 @@ _chosen: str | None = None  # set by use(); None: the fastest there is
 
 def backend() -> str:
     """What runs the ops and, where it is not the compiled form, why."""
-    return "vectorized: the compiled ops were not built"
+    if _chosen is not None:
+        return f"{_chosen}: chosen by use()"
+    if compiled.MISSING is not None:
+        return f"vectorized: {compiled.MISSING}"
+    rest = "; vectorized on cuda: the CUDA ops were not built" if "cuda" not in _COMPILED_FOR else ""
+    return f"compiled ({', '.join(_COMPILED_FOR)}){rest if torch.cuda.is_available() else ''}"
 
 
 class use:
     """Choose the implementation: ``use("reference")`` for good, ``with use("reference"):`` for a block.
 
+    "reference" and "vectorized" are always there, "compiled" where it was built; None goes back to the fastest.
     Raises ValueError for an unknown name and RuntimeError for one that is not there.
     """
 
-    def __init__(self, name: Literal["reference", "vectorized", "compiled"]) -> None:
+    def __init__(self, name: Literal["reference", "vectorized", "compiled"] | None) -> None:
         global _chosen
-        if name not in ("reference", "vectorized", "compiled"):
+        if name not in ("reference", "vectorized", "compiled", None):
             raise ValueError(f'an implementation is "reference", "vectorized" or "compiled", got {name!r}')
-        if name != "vectorized":
-            raise RuntimeError(f"the {name} ops are not there: {backend()}")
+        if name == "compiled" and compiled.MISSING is not None:
+            raise RuntimeError(f"there are no compiled ops to use: {compiled.MISSING}")
         self._before, _chosen = _chosen, name
 
     def __enter__(self) -> None:
@@ -219,5 +229,16 @@ class use:
         _chosen = self._before
 
 
-def _implementation(device: torch.device):
+def _implementation(device: torch.device) -> ModuleType:
+    if _chosen == "reference":
+        return reference
+    if _chosen == "vectorized" or compiled.MISSING is not None:
+        return vectorized
+    if device.type in _COMPILED_FOR:
+        return compiled
+    if _chosen == "compiled":
+        raise RuntimeError(f"the compiled ops were built for {', '.join(_COMPILED_FOR)}, not for {device.type}")
     return vectorized
+
+
+_COMPILED_FOR = compiled.devices()

@@ -332,8 +332,8 @@ def crops(
     for mask, (x1, y1, x2, y2) in zip(masks, boxes.tolist()):
         top, rows, row_part = _paste_axis(y1, y2, size[0], mask.shape[0], rule, mask.device)
         left, columns, column_part = _paste_axis(x1, x2, size[1], mask.shape[0], rule, mask.device)
-        lines = mask[:, columns[0]] * (1 - column_part) + mask[:, columns[1]] * column_part
-        crop = lines[rows[0]] * (1 - row_part)[:, None] + lines[rows[1]] * row_part[:, None]
+        lines = torch.lerp(mask[rows[0]], mask[rows[1]], row_part[:, None])
+        crop = torch.lerp(lines[:, columns[0]], lines[:, columns[1]], column_part)
         windows.append((top, left, crop if threshold is None else crop >= threshold))
     return windows
 
@@ -357,7 +357,7 @@ def _paste_axis(low: float, high: float, pixels: int, cells: int, rule: str, dev
         ratio, shift = cells / max(high - low, 1e-30), low
     begin, end = int(min(begin, pixels)), int(max(end, 0))
     pixel = torch.arange(begin, max(begin, end), device=device, dtype=torch.float64)
-    position = ((pixel + 0.5 - shift) * ratio - 0.5).clamp(0, cells - 1).float()
+    position = ((pixel + 0.5 - shift).float() * ratio - 0.5).clamp(0, cells - 1)
     first = position.floor()
     index = torch.stack([first, (first + 1).clamp(max=cells - 1)]).long()
     return begin, index, position - first

@@ -1,0 +1,57 @@
+// The CPU kernels: functions of plain pointers. T is the type of the maps, A the type sums are kept in.
+#pragma once
+
+#include <vector>
+
+#include "../roi_problem.h"
+
+// Compile a function several times and let the loader choose what this processor understands best. Only GCC on Linux
+// does that; elsewhere the function is compiled once.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__) && !defined(MRCNN_ONE_VERSION)
+#define MRCNN_EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
+#define MRCNN_INLINE inline __attribute__((always_inline))
+#else
+#define MRCNN_EVERY_CPU
+#define MRCNN_INLINE inline
+#endif
+
+namespace mrcnn_edu {
+
+// RoIs in an order that finds neighbours in the cache: by level, image, band of rows, column.
+std::vector<int64_t> order_of_visit(const RoiProblem& problem);
+
+// Maps and output channels last: out [rois, bins_y, bins_x, channels].
+template <typename T, typename A>
+void roi_mean_forward(const RoiProblem& problem, T* out);
+
+// Maps and output channels first, one plane after the other: out [rois, channels, bins_y, bins_x].
+template <typename T, typename A>
+void roi_mean_forward_planes(const RoiProblem& problem, T* out);
+
+// winners [rois, bins_y, bins_x, channels]: which sample of the bin was the largest, -1 where there is none.
+template <typename T, typename A>
+void roi_max_forward(const RoiProblem& problem, T* out, int32_t* winners);
+
+// The maps are zeros of type A to which the gradient [rois, bins_y, bins_x, channels] is added.
+template <typename T, typename A>
+void roi_mean_backward(const RoiProblem& problem, const T* gradient);
+template <typename T, typename A>
+void roi_max_backward(const RoiProblem& problem, const T* gradient, const int32_t* winners);
+
+// Rows of `boxes` [count, 4] kept by greedy NMS, best first. `order` sorts them by score; group may be null.
+std::vector<int64_t> nms(
+    const float* boxes, const int64_t* order, const int64_t* group, int64_t count, double threshold, int64_t max_keep);
+
+// The pixels one mask can set: rows [top, bottom), columns [left, right) of the image.
+struct Window {
+  int64_t top, left, bottom, right;
+};
+Window paste_window(const float* box, int64_t side, int64_t height, int64_t width, bool integer);
+
+// Writes a mask [side, side] into its window; `first` is the window's first pixel, rows are `stride` pixels apart.
+template <typename Pixel>
+void paste_mask(
+    const float* mask, const float* box, int64_t side, const Window& window, double threshold, bool integer,
+    Pixel* first, int64_t stride);
+
+}  // namespace mrcnn_edu

@@ -1,0 +1,234 @@
+// The compiled ops on the CPU: check, allocate, call the kernel.
+//
+// Chapter 9.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/sort.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <numeric>
+
+#include "../checks.h"
+#include "kernels.h"
+
+namespace mrcnn_edu {
+namespace {
+
+using at::MemoryFormat;
+using at::Tensor;
+
+// Calls work(T, A) with the type of the maps and the type of sums.
+template <typename Work>
+void for_type(at::ScalarType type, const Work& work) {
+  switch (type) {
+    case at::kFloat: return work(float{}, float{});
+    case at::kDouble: return work(double{}, double{});
+    case at::kBFloat16: return work(c10::BFloat16{}, float{});
+    case at::kHalf: return work(c10::Half{}, float{});
+    default: TORCH_CHECK_TYPE(false, "feature maps must be floating point, got ", type);
+  }
+}
+
+void check_rows(const RoiProblem& problem) {
+  for (int64_t r = 0; r < problem.rois; ++r) {
+    const float* roi = problem.roi + 5 * r;
+    TORCH_CHECK_VALUE(problem.is_valid(r), "rois[", r, "] = (", roi[0], ", ", roi[1], ", ", roi[2], ", ", roi[3], ", ",
+                      roi[4], ") on level ", problem.level[r], ": five finite numbers with a whole image index below ",
+                      problem.images, " and a level below ", problem.levels, " are needed");
+  }
+}
+
+// Turning a map to channels last costs about as much as pooling several hundred RoIs from its planes.
+bool worth_turning(const at::TensorList features, const RoiProblem& problem) {
+  int64_t cells = 0;
+  for (const Tensor& map : features) {
+    if (!map.is_contiguous(MemoryFormat::ChannelsLast)) cells += map.size(0) * map.size(2) * map.size(3);
+  }
+  return problem.channels >= 16 && problem.rois * problem.bins_y * problem.bins_x > cells / 16;
+}
+
+std::tuple<Tensor, Tensor> roi_features(
+    at::TensorList features, const Tensor& rois_, const Tensor& levels_, at::ArrayRef<double> scales, int64_t layer,
+    int64_t bins_y, int64_t bins_x, int64_t samples_per_bin, bool aligned, bool maximum) {
+  const Tensor rois = rois_.contiguous(), levels = levels_.contiguous();
+  RoiProblem problem = describe(features, rois, levels, scales, {layer, bins_y, bins_x, samples_per_bin, aligned, maximum});
+  check_rows(problem);
+
+  const bool channels_last = all_channels_last(features);
+  const bool planes = !maximum && !channels_last && !worth_turning(features, problem);
+  const MemoryFormat inside = planes ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast;
+  const MemoryFormat outside = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  std::vector<Tensor> maps;
+  for (const Tensor& map : features) {
+    maps.push_back(map.contiguous(inside));
+    problem.maps[maps.size() - 1].cells = const_cast<void*>(maps.back().const_data_ptr());
+  }
+
+  const std::vector<int64_t> sizes{problem.rois, problem.channels, bins_y, bins_x};
+  const auto options = features[0].options();
+  Tensor out = at::empty(sizes, options, inside);
+  Tensor winners = at::empty({maximum ? out.numel() : 0}, options.dtype(at::kInt));
+  for_type(features[0].scalar_type(), [&](auto t, auto a) {
+    using T = decltype(t);
+    using A = decltype(a);
+    T* pooled = out.mutable_data_ptr<T>();
+    if (maximum) {
+      roi_max_forward<T, A>(problem, pooled, winners.mutable_data_ptr<int32_t>());
+    } else if (planes) {
+      roi_mean_forward_planes<T, A>(problem, pooled);
+    } else {
+      roi_mean_forward<T, A>(problem, pooled);
+    }
+  });
+  if (inside != outside) out = at::empty(sizes, options, outside).copy_(out);
+  return {out, winners};
+}
+
+std::vector<Tensor> roi_features_backward(
+    const Tensor& gradient, const Tensor& winners, const Tensor& rois_, const Tensor& levels_,
+    at::ArrayRef<double> scales, int64_t images, at::IntArrayRef heights, at::IntArrayRef widths, bool channels_last,
+    int64_t layer, int64_t samples_per_bin, bool aligned, bool maximum) {
+  TORCH_CHECK_VALUE(gradient.dim() == 4, "the gradient must be [R, C, P, P], got ", gradient.sizes());
+  const Tensor rois = rois_.contiguous(), levels = levels_.contiguous();
+  RoiProblem problem =
+      describe(rois, levels, scales, images, gradient.size(1), heights, widths,
+               {layer, gradient.size(2), gradient.size(3), samples_per_bin, aligned, maximum});
+  check_gradient(gradient, winners, problem);
+  check_rows(problem);
+
+  const auto type = gradient.scalar_type();
+  const auto exact = type == at::kDouble ? at::kDouble : at::kFloat;
+  std::vector<Tensor> result;
+  for (size_t i = 0; i < heights.size(); ++i) {
+    // at::zeros would ignore the memory format
+    result.push_back(at::empty({images, problem.channels, heights[i], widths[i]}, gradient.options().dtype(exact),
+                               MemoryFormat::ChannelsLast).zero_());
+    problem.maps[i].cells = result.back().mutable_data_ptr();
+  }
+  const Tensor turned = gradient.contiguous(MemoryFormat::ChannelsLast);
+  for_type(type, [&](auto t, auto a) {
+    using T = decltype(t);
+    using A = decltype(a);
+    const T* g = turned.const_data_ptr<T>();
+    if (maximum) {
+      roi_max_backward<T, A>(problem, g, winners.const_data_ptr<int32_t>());
+    } else {
+      roi_mean_backward<T, A>(problem, g);
+    }
+  });
+  if (type != exact || !channels_last) {
+    const MemoryFormat format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+    for (Tensor& map : result) map = at::empty(map.sizes(), map.options().dtype(type), format).copy_(map);
+  }
+  return result;
+}
+
+void check_finite(const Tensor& rows) {
+  const float* value = rows.const_data_ptr<float>();
+  for (int64_t i = 0; i < rows.numel(); ++i) {
+    TORCH_CHECK_VALUE(std::isfinite(value[i]), "boxes[", i / 4, "] has a coordinate that is not finite: ", value[i]);
+  }
+}
+
+Tensor nms_op(
+    const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& groups, double threshold,
+    std::optional<int64_t> max_keep) {
+  check_nms(boxes, scores, groups, threshold, max_keep);
+  const Tensor rows = boxes.contiguous();
+  check_finite(rows);
+  const Tensor order = std::get<1>(at::sort(scores, /*stable=*/true, /*dim=*/0, /*descending=*/true)).contiguous();
+  const Tensor group = groups ? groups->contiguous() : Tensor();
+  const std::vector<int64_t> kept =
+      nms(rows.const_data_ptr<float>(), order.const_data_ptr<int64_t>(),
+          groups ? group.const_data_ptr<int64_t>() : nullptr, rows.size(0), threshold,
+          max_keep.value_or(std::numeric_limits<int64_t>::max()));
+  Tensor result = at::empty({static_cast<int64_t>(kept.size())}, order.options());
+  std::copy(kept.begin(), kept.end(), result.mutable_data_ptr<int64_t>());
+  return result;
+}
+
+Tensor with_ring_of_zeros(const Tensor& masks, bool integer) {
+  if (!integer) return masks.contiguous();
+  const int64_t side = masks.size(1);
+  Tensor padded = at::zeros({masks.size(0), side + 2, side + 2}, masks.options());
+  padded.narrow(1, 1, side).narrow(2, 1, side).copy_(masks);
+  return padded;
+}
+
+template <typename Pixel>
+Tensor paste_into(
+    const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width, double threshold, bool integer,
+    at::ScalarType type) {
+  const int64_t side = masks.size(1);
+  Tensor canvas = at::empty({masks.size(0), height, width}, masks.options().dtype(type));
+  Pixel* pixels = canvas.mutable_data_ptr<Pixel>();
+  const float *mask = masks.const_data_ptr<float>(), *box = boxes.const_data_ptr<float>();
+  at::parallel_for(0, masks.size(0), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      Pixel* image = pixels + n * height * width;
+      std::fill(image, image + height * width, Pixel(0));
+      const Window window = paste_window(box + 4 * n, side, height, width, integer);
+      paste_mask(mask + n * side * side, box + 4 * n, side, window, threshold, integer,
+                 image + window.top * width + window.left, width);
+    }
+  });
+  return canvas;
+}
+
+Tensor paste(
+    const Tensor& masks_, const Tensor& boxes_, int64_t height, int64_t width, std::optional<double> threshold,
+    bool integer) {
+  check_paste(masks_, boxes_, height, width);
+  const Tensor masks = with_ring_of_zeros(masks_, integer), boxes = boxes_.contiguous();
+  check_finite(boxes);
+  if (threshold) return paste_into<bool>(masks, boxes, height, width, *threshold, integer, at::kBool);
+  return paste_into<float>(masks, boxes, height, width, 0, integer, at::kFloat);
+}
+
+std::tuple<Tensor, Tensor> paste_crops(
+    const Tensor& masks_, const Tensor& boxes_, int64_t height, int64_t width, std::optional<double> threshold,
+    bool integer) {
+  check_paste(masks_, boxes_, height, width);
+  const Tensor masks = with_ring_of_zeros(masks_, integer), boxes = boxes_.contiguous();
+  check_finite(boxes);
+  const int64_t count = masks.size(0), side = masks.size(1);
+  Tensor windows = at::empty({count, 4}, boxes.options().dtype(at::kLong));
+  int64_t* row = windows.mutable_data_ptr<int64_t>();
+  const float *mask = masks.const_data_ptr<float>(), *box = boxes.const_data_ptr<float>();
+  std::vector<Window> window(count);
+  std::vector<int64_t> begin(count + 1, 0);
+  for (int64_t n = 0; n < count; ++n) {
+    const Window& w = window[n] = paste_window(box + 4 * n, side, height, width, integer);
+    begin[n + 1] = begin[n] + (w.bottom - w.top) * (w.right - w.left);
+    const int64_t numbers[4] = {w.top, w.left, w.bottom, w.right};
+    std::copy(numbers, numbers + 4, row + 4 * n);
+  }
+  Tensor pixels = at::empty({begin[count]}, masks.options().dtype(threshold ? at::kBool : at::kFloat));
+  at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+    for (int64_t n = first; n < last; ++n) {
+      const int64_t width_of_window = window[n].right - window[n].left;
+      const auto put = [&](auto* pixel) {
+        paste_mask(mask + n * side * side, box + 4 * n, side, window[n], threshold.value_or(0), integer,
+                   pixel + begin[n], width_of_window);
+      };
+      if (threshold) put(pixels.mutable_data_ptr<bool>());
+      else put(pixels.mutable_data_ptr<float>());
+    }
+  });
+  return {windows, pixels};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(mrcnn_edu, CPU, m) {
+  m.impl("roi_features", roi_features);
+  m.impl("roi_features_backward", roi_features_backward);
+  m.impl("nms", nms_op);
+  m.impl("paste", paste);
+  m.impl("paste_crops", paste_crops);
+}
+
+}  // namespace mrcnn_edu
