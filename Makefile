@@ -71,5 +71,7 @@ $(VENV)/.ready: $(VENV)/.torch pyproject.toml $(wildcard setup.py csrc/*.* csrc/
 
 $(VENV)/.book: $(VENV)/.ready
 	@echo "Adding Jupyter Book and JupyterLab to .venv, only this once ..."
-	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev,book]" $(OR_SAY)
+	@$(BIN)/python -c "from importlib.metadata import requires; \
+	  print(*[r.split(';')[0] for r in requires('mrcnn_edu') if 'extra == \"book\"' in r], sep='\n')" > $(VENV)/book.txt
+	@$(PIP) install -c constraints.txt -r $(VENV)/book.txt $(OR_SAY)
 	@touch $@

@@ -129,8 +129,8 @@ def main(arguments: list[str] | None = None) -> int:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         run = getattr(import_module("mrcnn_edu.commands"), type(options).__name__.lower())
         run(options)
-    except KeyboardInterrupt as stop:
-        print(f"mrcnn-edu: {stop or 'stopped'}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("mrcnn-edu: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
