@@ -176,7 +176,17 @@ def test_damaged_metadata_does_not_cost_the_picture(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["../secret.png", "a/../../b.png", "/etc/passwd", "C:\\x.png", "..\\x.png", "\\\\host\\x.png", "\\x.png", "", "a\0b"],
+    [
+        "../secret.png",
+        "a/../../b.png",
+        "/etc/passwd",
+        "C:\\x.png",
+        "..\\x.png",
+        "\\\\host\\x.png",
+        "\\x.png",
+        "",
+        "a\0b",
+    ],
 )
 def test_names_that_lead_elsewhere_are_refused(name):
     with pytest.raises(ValueError, match="relative path"):

@@ -120,7 +120,9 @@ def test_random_text_never_gets_through():
     assert time.perf_counter() - start < 20
 
 
-@pytest.mark.parametrize("mask", [torch.zeros(3, 3), np.zeros((3, 3), dtype=bool), torch.zeros(3, 3, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "mask", [torch.zeros(3, 3), np.zeros((3, 3), dtype=bool), torch.zeros(3, 3, dtype=torch.uint8)]
+)
 def test_only_bool_masks_are_encoded(mask):
     with pytest.raises(TypeError, match="bool"):
         rle_encode(mask)

@@ -249,9 +249,7 @@ def _check_replaceable(folder: Path) -> None:
     ours = {"stamp.json", *SPLITS, *(f"{name}.json" for name in SPLITS)}
     if found and not ("stamp.json" in found and found <= ours):
         stranger = min(found - ours or found)
-        raise ValueError(
-            f"{folder} holds files of others, such as {stranger}; choose a new or an empty folder"
-        )
+        raise ValueError(f"{folder} holds files of others, such as {stranger}; choose a new or an empty folder")
 
 
 def _write_split(folder: Path, name: str, count: int, size: Size, seed: tuple[int, int]) -> None:

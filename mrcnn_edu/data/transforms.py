@@ -56,7 +56,8 @@ def resize_target(target: Target, size: Size, new_size: Size) -> Target:
         masks = masks[:, rows][:, :, columns]
     if keypoints is not None:
         keypoints = keypoints * torch.tensor([ratio_x, ratio_y, 1.0])
-    return replace(target, boxes=box_ops.resize(target.boxes, size, new_size), masks=masks, keypoints=keypoints)
+    boxes = box_ops.clip(box_ops.resize(target.boxes, size, new_size), new_size)  # rounding may pass the border
+    return replace(target, boxes=boxes, masks=masks, keypoints=keypoints)
 
 
 def _nearest(old: int, new: int) -> Tensor:
