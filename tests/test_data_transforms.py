@@ -87,8 +87,8 @@ def test_masks_boxes_and_keypoints_stay_together(seed, side):
     if len(target):
         assert len(new) == len(target)
         torch.testing.assert_close(new.boxes, target.boxes * scale)
-        # nearest pixels: the mask's edge may lie a pixel of either grid from the box's
-        assert (to_boxes(new.masks) - new.boxes).abs().max() <= 0.5 + max(scale, 1) / 2
+        # nearest pixels: an edge moves by half a pixel of either grid, and a thin tip may fall between two samples
+        assert (to_boxes(new.masks) - new.boxes).abs().max() <= (0.5 + scale / 2 if scale >= 1 else 2)
         torch.testing.assert_close(new.keypoints[..., :2], target.keypoints[..., :2] * scale)
         assert torch.equal(new.keypoints[..., 2], target.keypoints[..., 2])
 

@@ -153,7 +153,7 @@ def _place(scene: Scene, rng: np.random.Generator) -> None:
         if attempt % 10 == 9:
             half *= 0.7
         half = max(half, HALF_SIZE[0] * side, 2.5)
-        x, y = (rng.uniform(0.7 * half, extent - 0.7 * half) for extent in reversed(scene.size))
+        x, y = (rng.uniform(0.6 * half, extent - 0.6 * half) for extent in reversed(scene.size))
         shape = stamp(label, x, y, half, rng, scene.size)
         if _hides_little(scene, shape):
             scene.add(shape, len(scene.instances), rng)
