@@ -11,19 +11,22 @@ runs and why, ``use("reference")`` switches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mrcnn_edu.ops import checks, compiled, reference, vectorized
+from mrcnn_edu.ops import checks, compiled
+from mrcnn_edu.ops.backends import backend, implementation, use
 
 __all__ = [
     "backend",
     "batched_nms",
     "nms",
+    "paste_crops",
     "paste_masks",
+    "paste_rle",
     "pool_levels",
     "roi_align",
     "roi_pool",
@@ -127,7 +130,7 @@ def pool_levels(
     pair = checks.size_pair(output_size)
     checks.sampling(samples_per_bin, mode)
     checks.features_and_rois(features, rois, levels, scales)
-    run = _implementation(rois.device)
+    run = implementation(rois.device)
     if run is not compiled or rois.device.type == "cpu":  # on CUDA reading values would wait; the kernel checks them
         checks.roi_values(rois, features[0].shape[0])
     if layer == "roi_pool":
@@ -151,7 +154,7 @@ def nms(boxes: Tensor, scores: Tensor, threshold: float, max_keep: int | None = 
     Source: the paper inherits NMS from Faster R-CNN [36]; Appendix B gives the thresholds.
     """
     checks.boxes_and_scores(boxes, scores, None, threshold, max_keep)
-    return _implementation(boxes.device).nms(boxes.detach(), scores.detach(), None, float(threshold), max_keep)
+    return implementation(boxes.device).nms(boxes.detach(), scores.detach(), None, float(threshold), max_keep)
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float, max_keep: int | None = None) -> Tensor:
@@ -161,7 +164,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float,
     returns  [n] int64, the rows that are kept, best first over all groups
     """
     checks.boxes_and_scores(boxes, scores, groups, threshold, max_keep)
-    return _implementation(boxes.device).nms(boxes.detach(), scores.detach(), groups, float(threshold), max_keep)
+    return implementation(boxes.device).nms(boxes.detach(), scores.detach(), groups, float(threshold), max_keep)
 
 
 def paste_masks(
@@ -184,61 +187,60 @@ def paste_masks(
     Source: Section 3.1, the m x m mask is resized to the RoI size and binarised at 0.5.
     """
     checks.masks_and_boxes(mask_probs, boxes, size, threshold, rule)
-    run = _implementation(boxes.device)
-    boxes = boxes.detach().clamp(-FAR, FAR)
-    return run.paste(mask_probs.detach(), boxes, (size[0], size[1]), threshold, rule)
+    run = implementation(boxes.device)
+    return run.paste(mask_probs.detach(), _near(boxes), (size[0], size[1]), threshold, rule)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Which implementation runs
-# ---------------------------------------------------------------------------------------------------------------------
+def paste_crops(
+    mask_probs: Tensor,
+    boxes: Tensor,
+    size: tuple[int, int],
+    threshold: float | None = 0.5,
+    rule: PasteRule = "continuous",
+) -> list[tuple[int, int, Tensor]]:
+    """``paste_masks`` without the image around the masks: only the part that can be set, and where it lies.
 
-_chosen: str | None = None  # set by use(); None: the fastest there is
+    returns  one (top, left, pixels [h, w]) per mask; h or w is 0 for a box outside the image
 
-
-def backend() -> str:
-    """What runs the ops and, where it is not the compiled form, why."""
-    if _chosen is not None:
-        return f"{_chosen}: chosen by use()"
-    if compiled.MISSING is not None:
-        return f"vectorized: {compiled.MISSING}"
-    rest = "; vectorized on cuda: the CUDA ops were not built" if "cuda" not in _COMPILED_FOR else ""
-    return f"compiled ({', '.join(_COMPILED_FOR)}){rest if torch.cuda.is_available() else ''}"
-
-
-class use:
-    """Choose the implementation: ``use("reference")`` for good, ``with use("reference"):`` for a block.
-
-    "reference" and "vectorized" are always there, "compiled" where it was built; None goes back to the fastest.
-    Raises ValueError for an unknown name and RuntimeError for one that is not there.
+    Source: as ``paste_masks``; a hundred masks of a large image fit into little memory.
     """
-
-    def __init__(self, name: Literal["reference", "vectorized", "compiled"] | None) -> None:
-        global _chosen
-        if name not in ("reference", "vectorized", "compiled", None):
-            raise ValueError(f'an implementation is "reference", "vectorized" or "compiled", got {name!r}')
-        if name == "compiled" and compiled.MISSING is not None:
-            raise RuntimeError(f"there are no compiled ops to use: {compiled.MISSING}")
-        self._before, _chosen = _chosen, name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        global _chosen
-        _chosen = self._before
+    checks.masks_and_boxes(mask_probs, boxes, size, threshold, rule)
+    run = implementation(boxes.device)
+    return run.crops(mask_probs.detach(), _near(boxes), (size[0], size[1]), threshold, rule)
 
 
-def _implementation(device: torch.device) -> ModuleType:
-    if _chosen == "reference":
-        return reference
-    if _chosen == "vectorized" or compiled.MISSING is not None:
-        return vectorized
-    if device.type in _COMPILED_FOR:
-        return compiled
-    if _chosen == "compiled":
-        raise RuntimeError(f"the compiled ops were built for {', '.join(_COMPILED_FOR)}, not for {device.type}")
-    return vectorized
+def paste_rle(
+    mask_probs: Tensor,
+    boxes: Tensor,
+    size: tuple[int, int],
+    threshold: float = 0.5,
+    rule: PasteRule = "continuous",
+) -> list[dict[str, list[int]]]:
+    """``paste_masks`` as COCO's uncompressed run lengths, without ever drawing the image.
+
+    returns  one {"size": [height, width], "counts": [...]} per mask: runs of zeros and ones in turn, column by column
+
+    Source: the COCO API's format; ``masks.compress`` turns the counts into text.
+    """
+    crops = paste_crops(mask_probs, boxes, size, threshold, rule)
+    return [{"size": [size[0], size[1]], "counts": _counts(top, left, crop, size)} for top, left, crop in crops]
 
 
-_COMPILED_FOR = compiled.devices()
+def _near(boxes: Tensor) -> Tensor:
+    return boxes.detach().clamp(-FAR, FAR)
+
+
+def _counts(top: int, left: int, crop: Tensor, size: tuple[int, int]) -> list[int]:
+    """The run lengths of an image that is zero but for a crop [h, w] bool at (top, left)."""
+    columns = F.pad(crop.t(), (1, 1))  # [w, h + 2]: every run of ones begins and ends inside its column
+    starts = (columns[:, 1:] & ~columns[:, :-1]).nonzero()  # (column, row) of each first one
+    ends = (columns[:, :-1] & ~columns[:, 1:]).nonzero()  # (column, row) just after each last one
+    edges = torch.stack([starts, ends], dim=1)  # [runs, 2, (column, row)]
+    edges = ((edges[..., 0] + left) * size[0] + edges[..., 1] + top).flatten()  # pixels from the image's first one
+    joined = edges[1:-1:2] == edges[2::2]  # a run that reaches the bottom goes on at the next column's top
+    keep = torch.ones_like(edges, dtype=torch.bool)
+    keep[1:-1:2] &= ~joined
+    keep[2::2] &= ~joined
+    ends_of_runs = torch.cat([edges.new_zeros(1), edges[keep], edges.new_full((1,), size[0] * size[1])])
+    counts = ends_of_runs.diff().tolist()
+    return counts if counts[-1] > 0 or len(counts) == 1 else counts[:-1]

@@ -190,6 +190,19 @@ def paste(mask_probs: Tensor, boxes: Tensor, size: tuple[int, int], threshold: f
     return canvas if threshold is None else canvas >= threshold
 
 
+def crops(
+    mask_probs: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float | None, rule: str
+) -> list[tuple[int, int, Tensor]]:
+    """The part of each pasted mask that may be set: its first row, first column, and the pixels [h, w]."""
+    windows = []
+    for canvas, mask, box in zip(paste(mask_probs, boxes, size, threshold, rule), mask_probs, boxes):
+        x1, y1, x2, y2 = (grow(box, mask.shape[0]) if rule == "integer" else box).tolist()
+        rows = [y for y in range(size[0]) if mask_position(y, y1, y2, 1, rule) is not None]
+        columns = [x for x in range(size[1]) if mask_position(x, x1, x2, 1, rule) is not None]
+        windows.append((min(rows, default=0), min(columns, default=0), canvas[rows][:, columns]))
+    return windows
+
+
 def mask_position(pixel: int, low: float, high: float, side: int, rule: str) -> float | None:
     """Where a pixel of the image lies in the mask along one axis, in cell indices; None outside the box."""
     if rule == "integer":  # low and high are the indices of the first and the last pixel

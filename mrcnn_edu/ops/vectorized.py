@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mrcnn_edu.ops.checks import MAX_SAMPLES
+from mrcnn_edu.ops.pasting import crops, paste
+
+__all__ = ["crops", "nms", "paste", "roi_features"]
 
 TAPS_AT_ONCE = 1 << 23  # numbers held at one time; more RoIs are taken in several turns
 
@@ -53,7 +56,7 @@ def _one_level(layer, features, rois, output_size, scale, samples_per_bin, align
     cells = features.to(exact).permute(0, 2, 3, 1)  # [B, H, W, C]; free when the map is channels_last
     if mode == "max":
         pooled = _max(layer, cells, image, ys, xs, height, width)
-    elif channels <= 4:
+    elif channels <= 4 and height * width < 4 * _most_taps(ys, xs):
         pooled = _mean_of_few_channels(features.to(exact), image, ys, xs)
     else:
         pooled = _mean(cells, image, ys, xs, height, width)
@@ -167,6 +170,11 @@ def mean_taps(positions: Tensor, counts: Tensor, cells: int) -> tuple[Tensor, Te
 # ---------------------------------------------------------------------------------------------------------------------
 
 Samples = tuple[Tensor, Tensor]  # what axis_samples returns
+
+
+def _most_taps(ys: Samples, xs: Samples) -> int:
+    """About how many cells the bins of the largest RoI read."""
+    return math.prod(bins * (positions + 1) for _, bins, positions in (ys[0].shape, xs[0].shape))
 
 
 def _turns(ys: Samples, xs: Samples, numbers_per_pair: int) -> list[Tensor | slice]:
@@ -303,61 +311,3 @@ def _shared_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     side = (torch.minimum(a[:, None, 2:], b[:, 2:]) - torch.maximum(a[:, None, :2], b[:, :2])).clamp(min=0)
     shared = side[..., 0] * side[..., 1]
     return shared, a_area[:, None] + b_area - shared
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Pasting
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def paste(mask_probs: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float | None, rule: str) -> Tensor:
-    """Masks in the image [N, h, w]: bool, or float32 probabilities without a threshold."""
-    canvas = torch.zeros(
-        len(boxes), *size, dtype=torch.float32 if threshold is None else torch.bool, device=boxes.device
-    )
-    for n, (y, x, crop) in enumerate(crops(mask_probs, boxes, size, threshold, rule)):
-        canvas[n, y : y + crop.shape[0], x : x + crop.shape[1]] = crop
-    return canvas
-
-
-def crops(
-    mask_probs: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float | None, rule: str
-) -> list[tuple[int, int, Tensor]]:
-    """The part of each pasted mask that may be set: its first row, first column, and the pixels [h, w]."""
-    masks = mask_probs.float()
-    if rule == "integer":
-        boxes = _grown(boxes, masks.shape[1])
-        masks = F.pad(masks, (1, 1, 1, 1))
-    windows = []
-    for mask, (x1, y1, x2, y2) in zip(masks, boxes.tolist()):
-        top, rows, row_part = _paste_axis(y1, y2, size[0], mask.shape[0], rule, mask.device)
-        left, columns, column_part = _paste_axis(x1, x2, size[1], mask.shape[0], rule, mask.device)
-        lines = torch.lerp(mask[rows[0]], mask[rows[1]], row_part[:, None])
-        crop = torch.lerp(lines[:, columns[0]], lines[:, columns[1]], column_part)
-        windows.append((top, left, crop if threshold is None else crop >= threshold))
-    return windows
-
-
-def _grown(boxes: Tensor, side: int) -> Tensor:
-    """Boxes grown by the share that one cell of padding adds to the mask, cut to whole pixels (float64)."""
-    scale = (side + 2) / side
-    half = (boxes[:, 2:] - boxes[:, :2]) * 0.5 * scale
-    centre = (boxes[:, 2:] + boxes[:, :2]) * 0.5
-    return torch.cat([centre - half, centre + half], dim=1).double().trunc()
-
-
-def _paste_axis(low: float, high: float, pixels: int, cells: int, rule: str, device: torch.device):
-    """First pixel, the two mask cells [2, n] around each pixel of the box along one axis, and the second's weight."""
-    if rule == "integer":  # the box holds the indices of its first and last pixel
-        extent = max(high - low + 1, 1)
-        begin, end = max(low, 0), min(high + 1, pixels)
-        ratio, shift = cells / extent, low
-    else:  # a pixel belongs to the box when its centre does
-        begin, end = max(math.ceil(low - 0.5), 0), min(math.ceil(high - 0.5), pixels)
-        ratio, shift = cells / max(high - low, 1e-30), low
-    begin, end = int(min(begin, pixels)), int(max(end, 0))
-    pixel = torch.arange(begin, max(begin, end), device=device, dtype=torch.float64)
-    position = ((pixel + 0.5 - shift).float() * ratio - 0.5).clamp(0, cells - 1)
-    first = position.floor()
-    index = torch.stack([first, (first + 1).clamp(max=cells - 1)]).long()
-    return begin, index, position - first
