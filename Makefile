@@ -12,7 +12,7 @@ TORCH_INDEX ?=
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
+PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOG := $(VENV)/setup.log
 # On a failed step: the end of what it printed, and where the rest is.
 OR_SAY = >> $(LOG) 2>&1 || { tail -n 25 $(LOG); echo "Setting up failed. All of it is in $(LOG)."; exit 1; }
@@ -54,24 +54,24 @@ clean:
 
 # The first stamp: an environment with PyTorch, which the C++ ops are built against.
 $(VENV)/.torch: constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
 	  || { echo "Python 3.10 or newer is needed; choose one with make PYTHON=..."; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) \
 	  || { echo "The venv module is missing; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@echo "Setting up .venv, only this once. PyTorch is a large download ..."
-	@$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch torchvision $(OR_SAY)
-	@$(PIP) install -c constraints.txt setuptools wheel ninja $(OR_SAY)
+	@$(PIP) install -qq -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch torchvision $(OR_SAY)
+	@$(PIP) install -qq -c constraints.txt setuptools wheel ninja $(OR_SAY)
 	@touch $@
 
 # The second: the package itself, editable, with the compiled ops where there is a C++ compiler.
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml $(wildcard setup.py csrc/*.* csrc/*/*.*)
-	@$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev]" $(OR_SAY)
-	@echo "Ready. Ops: $$($(BIN)/python -c 'from mrcnn_edu import ops; print(ops.backend())')"
+	@$(PIP) install -v -c constraints.txt --no-build-isolation -e ".[dev]" $(OR_SAY)
+	@echo "Ready (how it went is in $(LOG)). Ops: $$($(BIN)/python -c 'from mrcnn_edu import ops; print(ops.backend())')"
 	@touch $@
 
 $(VENV)/.book: $(VENV)/.ready
 	@echo "Adding Jupyter Book and JupyterLab to .venv, only this once ..."
 	@$(BIN)/python -c "from importlib.metadata import requires; \
 	  print(*[r.split(';')[0] for r in requires('mrcnn_edu') if 'extra == \"book\"' in r], sep='\n')" > $(VENV)/book.txt
-	@$(PIP) install -c constraints.txt -r $(VENV)/book.txt $(OR_SAY)
+	@$(PIP) install -qq -c constraints.txt -r $(VENV)/book.txt $(OR_SAY)
 	@touch $@
