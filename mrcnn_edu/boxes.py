@@ -76,7 +76,7 @@ def flip(boxes: Tensor, width: int) -> Tensor:
 def centre_form(boxes: Tensor, plus_one: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Centre x, centre y, width and height, each ``[N]``, of boxes ``[N, (x1, y1, x2, y2)]``."""
     x1, y1, x2, y2 = boxes.unbind(-1)
-    width, height = x2 - x1 + plus_one, y2 - y1 + plus_one
+    width, height = x2 - x1 + int(plus_one), y2 - y1 + int(plus_one)
     return x1 + 0.5 * width, y1 + 0.5 * height, width, height
 
 
@@ -115,4 +115,4 @@ def decode(
     x, y = anchor_x + dx * anchor_w, anchor_y + dy * anchor_h
     half_w = 0.5 * anchor_w * torch.exp(dw.clamp(max=MAX_LOG_SCALE))
     half_h = 0.5 * anchor_h * torch.exp(dh.clamp(max=MAX_LOG_SCALE))
-    return torch.stack([x - half_w, y - half_h, x + half_w - plus_one, y + half_h - plus_one], dim=-1)
+    return torch.stack([x - half_w, y - half_h, x + half_w - int(plus_one), y + half_h - int(plus_one)], dim=-1)

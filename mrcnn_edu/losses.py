@@ -20,7 +20,7 @@ def objectness_loss(logits: Tensor, positive: Tensor, divisor: float) -> Tensor:
     positive  [S] bool
     divisor   the anchors to average over
     """
-    return F.binary_cross_entropy_with_logits(logits.float(), positive.float(), reduction="sum") / divisor
+    return F.binary_cross_entropy_with_logits(logits, positive.float(), reduction="sum") / divisor
 
 
 def box_loss(deltas: Tensor, target: Tensor, beta: float, divisor: float) -> Tensor:
@@ -28,7 +28,6 @@ def box_loss(deltas: Tensor, target: Tensor, beta: float, divisor: float) -> Ten
 
     divisor  all drawn boxes, negatives too, so that images with few positives do not weigh more [12]
     """
-    deltas = deltas.float()
     if beta == 0:
         return F.l1_loss(deltas, target, reduction="sum") / divisor
     return F.smooth_l1_loss(deltas, target, beta=beta, reduction="sum") / divisor
@@ -38,7 +37,7 @@ def classification_loss(class_logits: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy over K + 1 classes, ``class_logits [S, K + 1]`` and ``labels [S]`` in 0..K (0 is background)."""
     if len(labels) == 0:
         return 0 * class_logits.sum()
-    return F.cross_entropy(class_logits.float(), labels)
+    return F.cross_entropy(class_logits, labels)
 
 
 def mask_loss(mask_logits: Tensor, target: Tensor, labels: Tensor) -> Tensor:
@@ -51,7 +50,7 @@ def mask_loss(mask_logits: Tensor, target: Tensor, labels: Tensor) -> Tensor:
     if len(labels) == 0:
         return 0 * mask_logits.sum()
     own = mask_logits[torch.arange(len(labels), device=labels.device), labels - 1]  # [P, M, M]
-    return F.binary_cross_entropy_with_logits(own.float(), target)
+    return F.binary_cross_entropy_with_logits(own, target)
 
 
 def keypoint_loss(keypoint_logits: Tensor, cells: Tensor, visible: Tensor) -> Tensor:
@@ -63,4 +62,4 @@ def keypoint_loss(keypoint_logits: Tensor, cells: Tensor, visible: Tensor) -> Te
     """
     if not visible.any():
         return 0 * keypoint_logits.sum()
-    return F.cross_entropy(keypoint_logits.flatten(2)[visible].float(), cells[visible])
+    return F.cross_entropy(keypoint_logits.flatten(2)[visible], cells[visible])

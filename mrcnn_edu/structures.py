@@ -226,7 +226,7 @@ class Target(Rows):
 
 
 def check_target(target: Target, size: Size, classes: int, joints: int | None = None, name: str = "target") -> None:
-    """Refuse values no training should see: boxes not finite or without area, labels outside 1..K, masks too large or small.
+    """Refuse values no training should see: bad boxes, labels outside 1..K, masks of another size, unknown joints.
 
     size     (height, width) of the image the target belongs to, pixels
     classes  K

@@ -83,7 +83,8 @@ def load_torchvision(model: MaskRCNN, state: dict[str, Tensor]) -> None:
     loaded = {}
     for ours, theirs in _names(model, DETECTOR):
         if theirs in state:
-            loaded[ours] = state[theirs][_background_rows(ours) :]
+            rows = _background_rows(ours)
+            loaded[ours] = state[theirs][rows:] if rows else state[theirs]
     _load(model, loaded, state, DETECTOR, left_out=())
 
 

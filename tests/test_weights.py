@@ -6,7 +6,9 @@ models see the same pixels and only the models are compared.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from mrcnn_edu.ops import paste_masks
 from mrcnn_edu.structures import ImageBatch, Target
 from mrcnn_edu.weights import load_imagenet, load_torchvision, to_torchvision
 
-SIZES = [(160, 224), (208, 150), (97, 131)]
+SIZES = [(96, 128), (112, 80), (61, 71)]
 CLASSES = 5  # foreground
 JOINTS = 17
 
@@ -38,25 +40,29 @@ LOSS_NAMES = {
 
 
 def randomise(model: torch.nn.Module) -> None:
-    """Weights at which an untrained detector still finds things: calibrated norms, spread-out logits."""
-    generator = torch.Generator().manual_seed(0)
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith("running_var"):
-            value.data.uniform_(20, 40, generator=generator)
-        elif name.endswith("running_mean"):
-            value.data.uniform_(-0.1, 0.1, generator=generator)
-    for name, scale in (("cls_logits", 20), ("cls_score", 6), ("rpn.head.bbox_pred", 5), ("box_predictor.bbox_pred", 5)):
-        for key, value in model.named_parameters():
+    """Statistics of real activations, so that rounding does not grow from layer to layer."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.backbone.train()(torch.rand(2, 3, 160, 224, generator=torch.Generator().manual_seed(0)) * 4 - 2)
+
+
+def spread_out(model: torch.nn.Module) -> torch.nn.Module:
+    """Larger weights in the last layers: scores without ties, of which many pass the threshold."""
+    scales = {"rpn.head.cls_logits": 20, "rpn.head.bbox_pred": 5, "cls_score": 6, "box_predictor.bbox_pred": 5}
+    for key, value in model.named_parameters():
+        for name, scale in scales.items():
             if name in key and key.endswith("weight"):
                 value.data.mul_(scale)
+    return model
 
 
 def torchvision_model(kind: str) -> torch.nn.Module:
     torch.manual_seed(3)
     options = dict(
-        weights=None, weights_backbone=None, box_detections_per_img=30, _skip_resize=True,
+        weights=None, weights_backbone=None, box_detections_per_img=30,
         rpn_pre_nms_top_n_train=300, rpn_post_nms_top_n_train=200, rpn_pre_nms_top_n_test=300, rpn_post_nms_top_n_test=100,
-        trainable_backbone_layers=5,
     )  # fmt: skip
     if kind == "mask":
         model = maskrcnn_resnet50_fpn(num_classes=CLASSES + 1, **options)
@@ -64,6 +70,7 @@ def torchvision_model(kind: str) -> torch.nn.Module:
         model = keypointrcnn_resnet50_fpn(num_classes=2, num_keypoints=JOINTS, **options)
     else:
         model = fasterrcnn_resnet50_fpn(num_classes=CLASSES + 1, **options)
+    model.transform.resize = lambda image, target: (image, target)
     randomise(model)
     return model
 
@@ -117,8 +124,15 @@ def pair(request):
     return request.param, theirs, ours
 
 
-def test_proposals_are_the_same(pair):
-    _, theirs, ours = pair
+@pytest.fixture(scope="module")
+def sure(pair):
+    kind, theirs, ours = copy.deepcopy(pair)
+    load_torchvision(ours, spread_out(theirs).state_dict())
+    return kind, theirs, ours
+
+
+def test_proposals_are_the_same(sure):
+    _, theirs, ours = sure
     theirs.eval(), ours.eval()
     with torch.no_grad():
         batch = ImageBatch.collate(pictures())
@@ -131,13 +145,13 @@ def test_proposals_are_the_same(pair):
         torch.testing.assert_close(found.boxes, boxes, atol=1e-3, rtol=0)
 
 
-def test_detections_are_the_same(pair):
-    kind, theirs, ours = pair
+def test_detections_are_the_same(sure):
+    kind, theirs, ours = sure
     theirs.eval(), ours.eval()
     with torch.no_grad():
         expected = theirs(pictures())
         own = ours(ImageBatch.collate(pictures()))
-    assert all(len(found) > 5 for found in own)
+    assert sum(map(len, own)) > 20
     for found, other, size in zip(own, expected, SIZES):
         torch.testing.assert_close(found.boxes, other["boxes"], atol=1e-3, rtol=0)
         torch.testing.assert_close(found.scores, other["scores"], atol=1e-5, rtol=0)
@@ -193,11 +207,12 @@ def torchvision_model_names(twin: torch.nn.Module):
 
 def test_frozen_norms_and_their_eps():
     """COCO weights come with frozen norms whose eps torchvision sets to 0: the same output, and another with 1e-5."""
-    norm = lambda channels: FrozenBatchNorm2d(channels, eps=0.0)  # noqa: E731
     theirs = TorchvisionMaskRCNN(
-        resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=norm, trainable_layers=3), CLASSES + 1
+        resnet_fpn_backbone(backbone_name="resnet50", weights=None, norm_layer=partial(FrozenBatchNorm2d, eps=0.0), trainable_layers=3), CLASSES + 1
     )
-    randomise(theirs)
+    for name, value in theirs.backbone.named_buffers():
+        if name.endswith("running_var"):
+            value.uniform_(0.5, 2)
     config = our_model("mask", norm="frozen").config
     ours = build_model(replace(config, conventions=replace(config.conventions, frozen_norm_eps=0.0)))
     load_torchvision(ours, theirs.state_dict())

@@ -30,6 +30,7 @@ class BoxHead(nn.Module):
         self, channels: int, pooled_size: int, widths: tuple[int, ...], classes: int, norm: Norm | None = None
     ) -> None:
         super().__init__()
+        self.classes = classes
         layers: list[nn.Module] = [nn.Flatten()]
         inputs = channels * pooled_size**2
         for width in widths:
@@ -48,7 +49,7 @@ class BoxHead(nn.Module):
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.hidden(pooled)  # [R, 1024]
-        return self.class_logits(hidden), self.deltas(hidden).reshape(len(hidden), -1, 4)
+        return self.class_logits(hidden), self.deltas(hidden).reshape(-1, self.classes, 4)
 
 
 @torch.no_grad()
@@ -123,7 +124,11 @@ def detect_boxes(
     size      (height, width) to clip to
     most      detections kept
     min_size  least width and height, pixels; empty boxes never pass
+
+    Raises FloatingPointError for logits or deltas that are not finite: NaN would pass for "nothing found".
     """
+    if not (class_logits.isfinite().all() and deltas.isfinite().all()):
+        raise FloatingPointError("the box head's outputs are not finite: look for NaN in the weights or overflow before")
     scores = F.softmax(class_logits.float(), dim=-1)[:, 1:]  # [R, K]
     boxes = box_ops.decode(deltas, proposals[:, None], weights, plus_one)  # [R, K, 4]
     roi, label = (scores > score_threshold).nonzero().unbind(1)

@@ -37,7 +37,7 @@ class FPN(nn.Module):
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         pyramid: dict[str, Tensor] = {}
         above = None
-        for level in reversed(self.lateral):
+        for level in reversed(list(self.lateral)):
             x = self.lateral[level](features["c" + level[1:]])  # [B, channels, H/2^k, W/2^k]
             if above is not None:
                 x = x + F.interpolate(above, size=x.shape[-2:], mode="nearest")

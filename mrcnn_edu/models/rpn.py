@@ -102,6 +102,8 @@ def propose(
 
     No gradient flows through the boxes: Section 3.1's stages and Appendix B's approximate joint training both stop it.
     """
+    if not (guess.objectness.isfinite().all() and guess.deltas.isfinite().all()):
+        raise FloatingPointError("the RPN's outputs are not finite: look for NaN in the weights, or a rate too high")
     level = torch.repeat_interleave(torch.tensor(guess.counts)).to(guess.objectness.device)  # [N]
     offset, kept = 0, []
     for logits in guess.objectness.split(guess.counts, dim=1):
