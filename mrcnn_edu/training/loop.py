@@ -2,8 +2,8 @@
 
 Chapter 13 (training). Paper: Section 3.1, "Training", and Appendix A.
 
-``train`` puts a frame around the loop: ``setup.start`` checks and sets up, ``finish`` measures and leaves the weights. In
-between, ``validate`` and ``evaluate`` look at the model without touching the run. Everything that changes from one
+``train`` puts a frame around the loop: ``setup.start`` checks and sets up, ``finish`` measures and leaves the weights.
+In between, ``validate`` and ``evaluate`` look at the model without touching the run. Everything that changes from one
 iteration to the next is a ``checkpoint.Run``.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mrcnn_edu.config import Config, TrainConfig
 from mrcnn_edu.data.coco import CocoDataset
-from mrcnn_edu.data.loading import train_loader, val_loader
+from mrcnn_edu.data.loading import Batch, train_loader, val_loader
 from mrcnn_edu.evaluation import coco
 from mrcnn_edu.inference import evaluating, predict_dataset
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
@@ -62,13 +62,18 @@ def train(
     Raises ValueError for a model, data or a checkpoint that do not fit the config, OSError when ``out`` cannot be used,
     FloatingPointError when a loss or a gradient is not finite. Ctrl-C and SIGTERM end the iteration, save and leave.
     """
-    folder = Path(out)
+    folder, settings = Path(out), config.train
     run, rng = start(config, model, train_data, val_data, folder, resume, device)
-    with StopSignals() as signals, Record(folder, config.train, run.iteration, progress) as record:
+    stream = train_loader(train_data, config.data, settings.batch_size, settings.seed, start=run.iteration)
+    with (
+        StopSignals() as signals,
+        Record(folder, settings, run.iteration, progress) as record,
+        closing(stream) as batches,
+    ):
+        set_rng_state(rng)  # last of all, so that nothing that was set up has drawn from it
         try:
-            loop(run, rng, config, train_data, val_data, folder, signals, record)
-            with signals.at_once():
-                return finish(run, config, train_data, val_data, folder, record)
+            loop(run, batches, config, train_data, val_data, folder, signals, record)
+            return finish(run, config, train_data, val_data, folder, signals, record)
         except Stopped:
             save(run, config, train_data, folder)
             message = f"stopped after iteration {run.iteration}; {run.saved} is saved, resume continues from it"
@@ -78,7 +83,7 @@ def train(
 
 def loop(
     run: Run,
-    rng: dict[str, Any],
+    batches: Iterator[Batch],
     config: Config,
     train_data: CocoDataset,
     val_data: CocoDataset | None,
@@ -86,16 +91,12 @@ def loop(
     signals: StopSignals,
     record: Record,
 ) -> None:
-    """The training loop: batch, losses, gradients, step; and every so often a checkpoint and a look at the results.
-
-    rng  the state of the random generators at ``run.iteration``
-    """
+    """The training loop: batch, losses, gradients, step; and every so often a checkpoint and a look at the results."""
     settings = config.train
-    batches = iter(train_loader(train_data, config.data, settings.batch_size, settings.seed, start=run.iteration))
-    set_rng_state(rng)  # only now, because setting up a loader draws random numbers
     for iteration in range(run.iteration, settings.iterations):
         began = time.perf_counter()
-        batch, targets, image_ids = next(batches)
+        with signals.at_once():
+            batch, targets, image_ids = next(batches)
         loading = time.perf_counter() - began
         batch, targets = to_device(batch, targets, run, settings)
         rate = learning_rate(iteration, settings)
@@ -122,11 +123,9 @@ def loop(
         if due(settings.checkpoint_every, run, settings):
             save(run, config, train_data, folder)
         if val_data is not None and due(settings.validate_every, run, settings):
-            with signals.at_once():
-                record.result(run.iteration, "validation", validate(run, config, val_data))
+            record.result(run.iteration, "validation", validate(run, config, val_data, signals))
         if val_data is not None and due(settings.evaluate_every, run, settings):
-            with signals.at_once():
-                record.result(run.iteration, "evaluation", evaluate(run, config, val_data))
+            record.result(run.iteration, "evaluation", evaluate(run, config, val_data, signals))
     save(run, config, train_data, folder)
 
 
@@ -167,11 +166,14 @@ def clip_gradients(run: Run, settings: TrainConfig, image_ids: list[int]) -> flo
     scale, and only when there is nothing left to halve does the run stop.
     """
     parameters = [(name, p) for name, p in run.model.named_parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_([p for _, p in parameters], settings.clip_norm or math.inf).item()
+    norm = torch.nn.utils.get_total_norm([p.grad for _, p in parameters])
     if not math.isfinite(norm) and not (run.scaler.is_enabled() and run.scaler.get_scale() > MIN_LOSS_SCALE):
         bad = [name for name, p in parameters if not bool(p.grad.isfinite().all())]
-        raise FloatingPointError(f"the gradient is not finite, first in {bad[0]}; {where(run, image_ids)}")
-    return norm
+        found = f"first in {bad[0]}" if bad else "too large to be squared"
+        raise FloatingPointError(f"the gradient is not finite, {found}; {where(run, image_ids)}")
+    if settings.clip_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_([p for _, p in parameters], settings.clip_norm, norm)
+    return norm.item()
 
 
 def where(run: Run, image_ids: list[int]) -> str:
@@ -201,7 +203,7 @@ def save(run: Run, config: Config, train_data: CocoDataset, folder: Path) -> Non
 
 
 @contextmanager
-def untouched(run: Run, settings: TrainConfig) -> Iterator[MaskRCNN]:
+def untouched(run: Run, settings: TrainConfig, signals: StopSignals) -> Iterator[MaskRCNN]:
     """The model to evaluate, in evaluation mode; after the block the run goes on as if it had not been.
 
     That is the averaged model where there is one. Random numbers start from the seed each time, so that two validation
@@ -211,16 +213,16 @@ def untouched(run: Run, settings: TrainConfig) -> Iterator[MaskRCNN]:
     seed_rng(settings.seed)
     model = run.model if run.average is None else run.average.model
     try:
-        with evaluating(model):
+        with evaluating(model), signals.at_once():
             yield model
     finally:
         set_rng_state(rng)
 
 
-def validate(run: Run, config: Config, val_data: CocoDataset) -> dict[str, float]:
+def validate(run: Run, config: Config, val_data: CocoDataset, signals: StopSignals) -> dict[str, float]:
     """The mean of each loss over all validation images, and their sum ``total``."""
     sums: dict[str, float] = {}
-    with untouched(run, config.train) as model, torch.no_grad():
+    with untouched(run, config.train, signals) as model, torch.no_grad():
         for batch, targets, _ in val_loader(val_data, config.data, config.train.batch_size):
             batch, targets = to_device(batch, targets, run, config.train)
             with autocast(run, config.train):
@@ -231,12 +233,12 @@ def validate(run: Run, config: Config, val_data: CocoDataset) -> dict[str, float
     return means | {"total": sum(means.values())}
 
 
-def evaluate(run: Run, config: Config, val_data: CocoDataset, progress: bool = False) -> dict[str, Any]:
+def evaluate(run: Run, config: Config, val_data: CocoDataset, signals: StopSignals) -> dict[str, Any]:
     """COCO's AP and AR of the model on the validation images, for every branch it has."""
     branches = {"box": config.model.box, "mask": config.model.mask, "keypoint": config.model.keypoint}
     kinds = [kind for kind, branch in branches.items() if branch is not None]
-    with untouched(run, config.train) as model:
-        predictions = predict_dataset(model, val_data, config.data, progress=progress)
+    with untouched(run, config.train, signals) as model:
+        predictions = predict_dataset(model, val_data, config.data)
         return coco.evaluate(val_data, predictions, kinds).to_json()
 
 
@@ -246,13 +248,14 @@ def finish(
     train_data: CocoDataset,
     val_data: CocoDataset | None,
     folder: Path,
+    signals: StopSignals,
     record: Record,
 ) -> dict[str, Any]:
     """Measure the final model, leave its weights, and sum the run up."""
     summary = {"iterations": run.iteration, "seconds": run.seconds, "training": record.last}
     if val_data is not None:
         for name, measure in (("validation", validate), ("evaluation", evaluate)):
-            summary[name] = measure(run, config, val_data)
+            summary[name] = measure(run, config, val_data, signals)
             record.result(run.iteration, name, summary[name])
     if run.average is not None:
         run.model.load_state_dict(run.average.model.state_dict())

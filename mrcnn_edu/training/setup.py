@@ -32,18 +32,18 @@ def start(
     device: torch.device | str | None,
 ) -> tuple[Run, dict[str, Any]]:
     """Check that everything fits, and set up: a run at iteration 0 or at its last checkpoint, and its random state."""
-    settings = config.train
+    settings, where = config.train, choose_device(device)
     check_fits(config, model, train_data, val_data)
     open_folder(folder, resume)
+    model.to(where)
     if settings.channels_last:
-        model.to(choose_device(device), memory_format=torch.channels_last)
-    else:
-        model.to(choose_device(device))
+        check_channels_last(model, where)
+        model.to(memory_format=torch.channels_last)
     model.train()
     run = Run(
         model,
         build_optimiser(model, settings, config.model.conventions),
-        torch.amp.GradScaler(choose_device(device).type, enabled=settings.precision == "fp16"),
+        torch.amp.GradScaler(where.type, enabled=settings.precision == "fp16"),
         WeightAverage(model, settings.average) if settings.average else None,
     )
     if resume and checkpoint.checkpoints(folder):
@@ -97,3 +97,17 @@ def choose_device(device: torch.device | str | None) -> torch.device:
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} was asked for, but PyTorch finds no GPU; choose 'cpu'")
     return chosen
+
+
+def check_channels_last(model: torch.nn.Module, device: torch.device) -> None:
+    """Refuse what ends in a crash: on a CPU, oneDNN's gradient of one kind of convolution writes past its memory.
+
+    That kind is 1x1 with a stride over fewer than 8 channels, channels last (found with PyTorch 2.14).
+    """
+    for name, module in model.named_modules():
+        strided = isinstance(module, torch.nn.Conv2d) and module.kernel_size == (1, 1) and max(module.stride) > 1
+        if device.type == "cpu" and strided and module.in_channels < 8:
+            raise ValueError(
+                f"{name} has a stride and only {module.in_channels} channels, which PyTorch cannot train channels last "
+                f"on a CPU; set train.channels_last to False, or model.backbone.width to 8 or more"
+            )

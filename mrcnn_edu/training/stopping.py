@@ -21,6 +21,9 @@ class StopSignals:
 
     A second signal of the same kind acts as it did before, so an impatient Ctrl-C still ends the process at once. In a
     thread other than the main one nothing is installed: Python delivers signals to the main thread only.
+
+    Terminals and batch systems signal all processes of a run. The loader's workers then die, of which PyTorch would
+    tell by an exception in the middle of an iteration; from the first signal on it is not told.
     """
 
     def __init__(self) -> None:
@@ -42,6 +45,8 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         signal.signal(number, self._before.pop(self.received))
+        if hasattr(signal, "SIGCHLD") and signal.SIGCHLD not in self._before:
+            self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if self._at_once:
             raise Stopped
 
@@ -52,10 +57,10 @@ class StopSignals:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """A block that changes nothing worth saving, such as an evaluation: a signal leaves it without waiting."""
-        self.check()
+        """A block that changes nothing worth saving, such as waiting for data: a signal leaves it without delay."""
         self._at_once = True
         try:
+            self.check()
             yield
         finally:
             self._at_once = False
