@@ -245,10 +245,25 @@ def _start_worker(_: int) -> None:
 
 
 def _unpacked(loader: DataLoader) -> Iterator[Batch]:
-    for batch in loader:
-        if isinstance(batch, Exception):
-            raise batch
-        yield batch.unpack()
+    batches, failure = iter(loader), ""
+    while not failure:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:  # a dying worker may break its pipe before it is missed
+            if loader.num_workers == 0:
+                raise
+            failure = str(error) or type(error).__name__
+        else:
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch.unpack()
+    del batches  # ends the other workers now, not when somebody lets go of the exception
+    raise RuntimeError(
+        f"a loader worker died, hangs or failed: {failure}. Killed workers mostly mean too little memory; "
+        "data.workers=0 loads without worker processes and shows what happens"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
