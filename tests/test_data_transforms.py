@@ -93,6 +93,15 @@ def test_masks_boxes_and_keypoints_stay_together(seed, side):
         assert torch.equal(new.keypoints[..., 2], target.keypoints[..., 2])
 
 
+@pytest.mark.parametrize("sizes", [((160, 96), (97, 233)), ((48, 64), (80, 107)), ((5, 7), (1, 50))])
+def test_masks_are_torchs_nearest_exact(sizes):
+    (old, new), generator = sizes, torch.Generator().manual_seed(0)
+    masks = torch.rand(3, *old, generator=generator) > 0.5
+    ours = resize_target(Target(torch.zeros(3, 4), torch.ones(3, dtype=torch.int64), masks), old, new).masks
+    theirs = torch.nn.functional.interpolate(masks[None].float(), new, mode="nearest-exact")[0] > 0.5
+    assert torch.equal(ours, theirs)
+
+
 def test_the_target_moves_with_the_pixels():
     """A bright square found again in the resized pixels, where its box says."""
     image = torch.zeros(3, 50, 70, dtype=torch.uint8)

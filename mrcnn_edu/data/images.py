@@ -36,7 +36,8 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise OSError(f"{width} x {height} pixels are more than the {max_pixels} allowed (max_pixels)")
-                array = to_rgb(ImageOps.exif_transpose(image))
+                ImageOps.exif_transpose(image, in_place=True)
+                array = to_rgb(image)
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file
@@ -58,7 +59,7 @@ def to_rgb(image: Image.Image) -> np.ndarray:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def file_inside(root: Path, name: str) -> Path:

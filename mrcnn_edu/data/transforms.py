@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -53,16 +54,17 @@ def resize_target(target: Target, size: Size, new_size: Size) -> Target:
     masks, keypoints = target.masks, target.keypoints
     if masks is not None:
         rows, columns = (_nearest(old, new) for old, new in zip(size, new_size))
-        masks = masks[:, rows][:, :, columns]
+        # by NumPy, several times as fast as indexing a bool tensor
+        masks = torch.from_numpy(masks.numpy().take(columns, axis=2).take(rows, axis=1))
     if keypoints is not None:
         keypoints = keypoints * torch.tensor([ratio_x, ratio_y, 1.0])
     boxes = box_ops.clip(box_ops.resize(target.boxes, size, new_size), new_size)  # rounding may pass the border
     return replace(target, boxes=boxes, masks=masks, keypoints=keypoints)
 
 
-def _nearest(old: int, new: int) -> Tensor:
+def _nearest(old: int, new: int) -> np.ndarray:
     """For each of ``new`` pixels in a row, the one of ``old`` in which its centre lies, [new] int64."""
-    return ((2 * torch.arange(new) + 1) * old).div(2 * new, rounding_mode="floor")
+    return (2 * np.arange(new) + 1) * old // (2 * new)
 
 
 def drop_vanished(target: Target) -> Target:
