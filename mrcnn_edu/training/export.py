@@ -48,8 +48,9 @@ def export_weights(model: MaskRCNN, path: Path | str, categories: CategoryMap) -
 def load_model(path: Path | str) -> tuple[MaskRCNN, CategoryMap]:
     """The model in a file from ``export_weights``, on the CPU and in evaluation mode, and its categories.
 
-    Nothing is allocated before the tensors' names and shapes in the file are those of the model it describes. Raises
-    OSError for a file that cannot be read, ValueError for one that is damaged or was not made by ``export_weights``.
+    The model is built only when the names and shapes of the file's tensors are those of the model it describes, so that
+    no small file can ask for much memory. Raises OSError for a file that cannot be read, ValueError for one that is
+    damaged or was not made by ``export_weights``, FloatingPointError for weights that are not finite.
     """
     path = Path(path)
     if not path.is_file():
