@@ -44,7 +44,7 @@ book: $(VENV)/.book
 	@find mrcnn_edu csrc book -type f -not -name '*.pyc' -exec cksum {} + 2>/dev/null | sort > _build/sources.new
 	@cmp -s _build/sources.new _build/sources || rm -rf _build/.jupyter_cache
 	@mv _build/sources.new _build/sources
-	@$(BIN)/jupyter-book build . -q -n -W --keep-going
+	@$(BIN)/jupyter-book build . -q -n -W --keep-going > /dev/null
 	@echo "The book: _build/html/index.html"
 
 clean:
