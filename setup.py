@@ -45,25 +45,38 @@ def extension(cuda):
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     return kind(
         "mrcnn_edu._C",
-        sources("csrc/*.cpp") + sources("csrc/cpu/*.cpp") + (sources("csrc/cuda/*.c*") if cuda else []),
+        sources("csrc/*.cpp")
+        + sources("csrc/cpu/*.cpp")
+        + (sources("csrc/cuda/*.cu") + sources("csrc/cuda/*.cpp") if cuda else []),
         depends=sources("csrc/**/*.h"),
         extra_compile_args={"cxx": cpp_flags(), "nvcc": ["-O3", "--fmad=false"]},
         extra_link_args=["-fopenmp"] if sys.platform == "linux" else [],
     )
 
 
+def find_toolkit():
+    """Tell torch where CUDA is: the nvcc on the path may be a link or a wrapper outside its toolkit."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    if nvcc is not None:
+        homes[2:2] = [str(Path(nvcc).parent.parent), str(Path(nvcc).resolve().parent.parent)]
+    for home in filter(None, homes):
+        if (Path(home) / "include" / "cuda_runtime.h").exists() and shutil.which("nvcc", path=f"{home}/bin"):
+            os.environ["CUDA_HOME"] = home
+            return True
+    return False
+
+
 def cuda_is_missing():
     """Why the CUDA part cannot be built, or None."""
     import torch
-    from torch.utils import cpp_extension
 
     if WANTED == "cpu":
         return "MRCNN_EDU_EXTENSION=cpu"
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
-    home = cpp_extension.CUDA_HOME
-    if home is None or shutil.which("nvcc", path=str(Path(home) / "bin")) is None:
-        return "there is no nvcc"
+    if not find_toolkit():
+        return "there is no CUDA toolkit with nvcc"
     return None
 
 
@@ -80,7 +93,8 @@ def builder():
                     raise
                 if any(source.endswith(".cu") for source in ext.sources):
                     left_out("the CUDA ops", f"they did not compile ({error})")
-                    self.build_extension(extension(cuda=False))
+                    ext.__dict__.update(extension(cuda=False).__dict__)  # keeps what setuptools has added since
+                    self.build_extension(ext)
                 else:
                     left_out("the compiled ops", f"they did not compile ({error}); the ops run in PyTorch")
 

@@ -7,16 +7,13 @@
 #include <limits>
 #include <unordered_map>
 
+#include "../box_math.h"
 #include "kernels.h"
 
 namespace mrcnn_edu {
 namespace {
 
 constexpr int64_t kBlock = 16;
-
-struct Box {
-  float x1, y1, x2, y2, area;
-};
 
 // The kept boxes of one group, coordinate by coordinate, padded to whole blocks with boxes that meet nothing.
 struct Kept {
@@ -32,21 +29,9 @@ struct Kept {
     x1[count] = box.x1, y1[count] = box.y1, x2[count] = box.x2, y2[count] = box.y2, area[count] = box.area;
     ++count;
   }
-};
 
-// In float32, as every implementation has it; in double only where an area leaves float32's range.
-bool suppresses(const Kept& kept, int64_t k, const Box& box, double threshold) {
-  const float width = std::max(0.0f, std::min(kept.x2[k], box.x2) - std::max(kept.x1[k], box.x1));
-  const float height = std::max(0.0f, std::min(kept.y2[k], box.y2) - std::max(kept.y1[k], box.y1));
-  const float shared = width * height;
-  const float together = kept.area[k] + box.area - shared;
-  if (std::isfinite(together)) return together > 0 && shared / together > threshold;
-  const double w = std::max(0.0, std::min<double>(kept.x2[k], box.x2) - std::max<double>(kept.x1[k], box.x1));
-  const double h = std::max(0.0, std::min<double>(kept.y2[k], box.y2) - std::max<double>(kept.y1[k], box.y1));
-  const double kept_area = (double(kept.x2[k]) - kept.x1[k]) * (double(kept.y2[k]) - kept.y1[k]);
-  const double area = (double(box.x2) - box.x1) * (double(box.y2) - box.y1);
-  return w * h / (kept_area + area - w * h) > threshold;
-}
+  Box at(int64_t k) const { return {x1[k], y1[k], x2[k], y2[k], area[k]}; }
+};
 
 // Might one of the sixteen boxes from k on suppress this one? May say yes too often (by rounding), never no.
 MRCNN_EVERY_CPU bool block_may_suppress(
@@ -69,7 +54,7 @@ bool is_suppressed(const Kept& kept, const Box& box, double threshold) {
   for (int64_t k = 0; k < kept.count; k += kBlock) {
     if (!block_may_suppress(&kept.x1[k], &kept.y1[k], &kept.x2[k], &kept.y2[k], &kept.area[k], box, low)) continue;
     for (int64_t i = k; i < std::min(k + kBlock, kept.count); ++i) {
-      if (suppresses(kept, i, box, threshold)) return true;
+      if (suppresses(kept.at(i), box, threshold)) return true;
     }
   }
   return false;
@@ -83,8 +68,7 @@ std::vector<int64_t> nms(
   std::unordered_map<int64_t, Kept> kept;  // by group
   for (int64_t n = 0; n < count && static_cast<int64_t>(result.size()) < max_keep; ++n) {
     const int64_t i = order[n];
-    const float* edge = boxes + 4 * i;
-    const Box box{edge[0], edge[1], edge[2], edge[3], (edge[2] - edge[0]) * (edge[3] - edge[1])};
+    const Box box = make_box(boxes + 4 * i);
     Kept& rivals = kept[group ? group[i] : 0];
     if (is_suppressed(rivals, box, threshold)) continue;
     rivals.add(box);

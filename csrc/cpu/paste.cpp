@@ -2,55 +2,11 @@
 //
 // Chapter 11. Only the pixels of the box are touched, and the mask's probabilities are compared with the threshold
 // where they arise: no image of floating point numbers is ever made.
-#include <algorithm>
-#include <cmath>
-
+#include "../paste_math.h"
 #include "kernels.h"
 
 namespace mrcnn_edu {
 namespace {
-
-// One axis of a box, in whichever rule: where it lies in the image, and how image pixels fall onto mask cells.
-struct PasteAxis {
-  double low;    // image position where the mask begins
-  float ratio;   // mask cells per image pixel
-  int64_t begin, end;  // image pixels to set
-};
-
-int64_t pixel_between(double value, int64_t pixels) {
-  return static_cast<int64_t>(std::min(std::max(value, 0.0), static_cast<double>(pixels)));
-}
-
-PasteAxis paste_axis(float low, float high, int64_t side, int64_t pixels, bool integer) {
-  if (!integer) {  // a pixel belongs to the box when its centre does
-    const double ratio = side / std::max(double(high) - low, 1e-30);
-    return {low, static_cast<float>(ratio), pixel_between(std::ceil(low - 0.5), pixels),
-            pixel_between(std::ceil(high - 0.5), pixels)};
-  }
-  // The mask has a ring of zeros; the box grows by the same share and is cut to whole pixels, its first and its last.
-  const float grow = static_cast<float>(double(side) / (side - 2));
-  const float half = (high - low) * 0.5f * grow, centre = (high + low) * 0.5f;
-  const double first = std::trunc(centre - half), last = std::trunc(centre + half);
-  const float extent = static_cast<float>(std::max(last - first + 1, 1.0));
-  return {first, float(side) / extent, pixel_between(first, pixels), pixel_between(last + 1, pixels)};
-}
-
-// The two mask cells around each pixel of the axis, and the weight of the second.
-struct Cells {
-  std::vector<int64_t> low, high;
-  std::vector<float> part;
-
-  Cells(const PasteAxis& axis, int64_t side, int64_t begin, int64_t end) {
-    for (int64_t pixel = begin; pixel < end; ++pixel) {
-      const float inside = static_cast<float>(pixel + 0.5 - axis.low);
-      const float position = std::fmin(std::fmax(inside * axis.ratio - 0.5f, 0.0f), static_cast<float>(side - 1));
-      const int64_t cell = static_cast<int64_t>(position);
-      low.push_back(cell);
-      high.push_back(std::min(cell + 1, side - 1));
-      part.push_back(position - static_cast<float>(cell));
-    }
-  }
-};
 
 template <typename Pixel>
 Pixel to_pixel(float probability, double threshold);
@@ -64,7 +20,7 @@ bool to_pixel(float probability, double threshold) { return probability >= thres
 Window paste_window(const float* box, int64_t side, int64_t height, int64_t width, bool integer) {
   const PasteAxis y = paste_axis(box[1], box[3], side, height, integer);
   const PasteAxis x = paste_axis(box[0], box[2], side, width, integer);
-  return {y.begin, x.begin, std::max(y.begin, y.end), std::max(x.begin, x.end)};
+  return {y.begin, x.begin, y.end, x.end};
 }
 
 template <typename Pixel>
@@ -73,16 +29,16 @@ void paste_mask(
     Pixel* first, int64_t stride) {
   const PasteAxis y_axis = paste_axis(box[1], box[3], side, window.bottom, integer);
   const PasteAxis x_axis = paste_axis(box[0], box[2], side, window.right, integer);
-  const Cells ys(y_axis, side, window.top, window.bottom), xs(x_axis, side, window.left, window.right);
-  const int64_t columns = window.right - window.left;
+  std::vector<PasteTaps> columns;
+  for (int64_t x = window.left; x < window.right; ++x) columns.push_back(paste_taps(x_axis, x, side));
   std::vector<float> line(side);
-  for (int64_t y = 0; y < window.bottom - window.top; ++y) {
-    const float *above = mask + ys.low[y] * side, *below = mask + ys.high[y] * side;
-    for (int64_t m = 0; m < side; ++m) line[m] = above[m] + (below[m] - above[m]) * ys.part[y];
-    Pixel* pixel = first + y * stride;
-    for (int64_t x = 0; x < columns; ++x) {
-      const float left = line[xs.low[x]], right = line[xs.high[x]];
-      pixel[x] = to_pixel<Pixel>(left + (right - left) * xs.part[x], threshold);
+  for (int64_t y = window.top; y < window.bottom; ++y) {
+    const PasteTaps row = paste_taps(y_axis, y, side);
+    const float *above = mask + row.low * side, *below = mask + row.high * side;
+    for (int64_t m = 0; m < side; ++m) line[m] = blend(above[m], below[m], row.part);
+    Pixel* pixel = first + (y - window.top) * stride;
+    for (const PasteTaps& column : columns) {
+      *pixel++ = to_pixel<Pixel>(blend(line[column.low], line[column.high], column.part), threshold);
     }
   }
 }

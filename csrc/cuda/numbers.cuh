@@ -1,0 +1,84 @@
+// What the RoI kernels share: half precision in and out of sums, and which thread does what.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "kernels.h"
+
+namespace mrcnn_edu::cuda {
+
+// Calls work(T, A) with the type of the maps and the type of sums.
+template <typename Work>
+void for_number(Number number, const Work& work) {
+  switch (number) {
+    case Number::float32: return work(float{}, float{});
+    case Number::float64: return work(double{}, double{});
+    case Number::bfloat16: return work(__nv_bfloat16{}, float{});
+    case Number::float16: return work(__half{}, float{});
+  }
+}
+
+template <typename A, typename T>
+__device__ __forceinline__ A to_sum(T value) { return static_cast<A>(value); }
+template <>
+__device__ __forceinline__ float to_sum<float>(__nv_bfloat16 value) { return __bfloat162float(value); }
+template <>
+__device__ __forceinline__ float to_sum<float>(__half value) { return __half2float(value); }
+
+template <typename T, typename A>
+__device__ __forceinline__ T from_sum(A sum) { return static_cast<T>(sum); }
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_sum<__nv_bfloat16>(float sum) { return __float2bfloat16_rn(sum); }
+template <>
+__device__ __forceinline__ __half from_sum<__half>(float sum) { return __float2half_rn(sum); }
+
+// Neighbouring channels that one thread reads and writes together.
+template <typename T, int V>
+struct alignas(sizeof(T) * V) Pack {
+  T value[V];
+
+  static __device__ __forceinline__ Pack zero() {
+    Pack pack;
+    for (int v = 0; v < V; ++v) pack.value[v] = from_sum<T>(0.0f);
+    return pack;
+  }
+};
+
+// sum[v] += weight * cell[v]
+template <typename T, typename A, int V>
+__device__ __forceinline__ void add(A (&sum)[V], A weight, const T* cell) {
+  const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(cell);
+  for (int v = 0; v < V; ++v) sum[v] += weight * to_sum<A>(pack.value[v]);
+}
+
+constexpr int kThreads = 256;  // per block
+
+// Enough blocks for so many items; very many items are taken in several rounds.
+struct Launch {
+  unsigned blocks;
+  explicit Launch(int64_t items) {
+    const int64_t wanted = (items + kThreads - 1) / kThreads;
+    blocks = static_cast<unsigned>(wanted < 1 ? 1 : wanted > (1 << 30) ? (1 << 30) : wanted);
+  }
+};
+__device__ __forceinline__ int64_t first_item() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
+__device__ __forceinline__ int64_t item_step() { return int64_t(gridDim.x) * blockDim.x; }
+
+// Item number -> RoI, bin and group of channels; channels run fastest.
+struct Place {
+  int64_t roi, channel;
+  int by, bx;
+};
+__device__ __forceinline__ Place locate(const RoiProblem& problem, int64_t item, int64_t groups) {
+  Place place;
+  place.channel = item % groups;
+  int64_t bin = item / groups;
+  place.bx = static_cast<int>(bin % problem.bins_x);
+  bin /= problem.bins_x;
+  place.by = static_cast<int>(bin % problem.bins_y);
+  place.roi = bin / problem.bins_y;
+  return place;
+}
+
+}  // namespace mrcnn_edu::cuda
