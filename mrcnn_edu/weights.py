@@ -77,7 +77,7 @@ def load_torchvision(model: MaskRCNN, state: dict[str, Tensor]) -> None:
     """Load a state dict of torchvision's Mask, Keypoint or Faster R-CNN ResNet-FPN into a model of the same shape.
 
     Build the model with the "torchvision" conventions and as many classes as the file has, without its background: 90
-    for COCO. Raises ValueError naming keys that are missing, left over or of another shape; the model then is unchanged.
+    for COCO. Raises ValueError naming keys that are missing, left over or of another shape, and then changes nothing.
     """
     state = {_rename(key, OLD_TORCHVISION): value for key, value in state.items()}
     loaded = {}

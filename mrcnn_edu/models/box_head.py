@@ -128,11 +128,11 @@ def detect_boxes(
     Raises FloatingPointError for logits or deltas that are not finite: NaN would pass for "nothing found".
     """
     if not (class_logits.isfinite().all() and deltas.isfinite().all()):
-        raise FloatingPointError("the box head's outputs are not finite: look for NaN in the weights or overflow before")
+        raise FloatingPointError("the box head gave logits or deltas that are not finite: look for NaN in the weights")
     scores = F.softmax(class_logits.float(), dim=-1)[:, 1:]  # [R, K]
     boxes = box_ops.decode(deltas, proposals[:, None], weights, plus_one)  # [R, K, 4]
     roi, label = (scores > score_threshold).nonzero().unbind(1)
-    boxes, scores = box_ops.clip(boxes[roi, label], size), scores[roi, label]
+    boxes, scores = box_ops.clip(boxes[roi, label], size).float(), scores[roi, label]
     wide = box_ops.wide_enough(boxes, min_size) & (box_ops.area(boxes) > 0)
     found = Detections(boxes, scores, label + 1)[wide]
     return found[batched_nms(found.boxes, found.scores, found.labels, nms_threshold, max_keep=most)]

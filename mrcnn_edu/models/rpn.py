@@ -115,7 +115,7 @@ def propose(
     candidates = box_ops.decode(deltas, guess.anchors[rows], plus_one=plus_one)
     proposals = []
     for boxes, score, group, size in zip(candidates, scores, level[rows], sizes):
-        boxes = box_ops.clip(boxes, size)
+        boxes = box_ops.clip(boxes, size).float()
         wide = box_ops.wide_enough(boxes, min_size) & (box_ops.area(boxes) > 0)
         boxes, score, group = boxes[wide], score[wide], group[wide]
         best = batched_nms(boxes, score, group, nms_threshold, max_keep=post_nms)
