@@ -102,7 +102,10 @@ def test_images_without_annotations_stay(folder):
 
 def test_a_file_without_any_annotation_is_read(folder):
     content = good_file() | {"annotations": []}
-    assert [len(load(folder, content).target(i)) for i in range(2)] == [0, 0]
+    for index in range(2):
+        target = load(folder, content).target(index)
+        assert len(target) == 0 and target.masks.shape == (0, HEIGHT, WIDTH)
+    assert len(load(folder, content | {"images": []})) == 0
 
 
 def test_category_ids_go_both_ways_and_through_json(folder):
@@ -222,8 +225,9 @@ ANNOTATION_FAULTS = [
 def test_faulty_annotations(folder, change, message):
     content = good_file()
     content["annotations"][0] |= change
-    with pytest.raises(ValueError, match=r"instances\.json: " + message):
+    with pytest.raises(ValueError, match=r"instances\.json: " + message) as caught:
         load(folder, content)
+    assert str(caught.value).count("instances.json") == 1
     dataset = load(folder, content, strict=False)
     assert len(dataset.target(0)) == 3 and len(dataset) == 2
     assert dataset.report and all("instances.json" in sentence for sentence in dataset.report)

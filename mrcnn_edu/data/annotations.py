@@ -46,7 +46,7 @@ class Packed:
         """The given strings, in their order."""
         strings = list(strings)
         offsets = np.cumsum([0, *map(len, strings)], dtype=np.int64)
-        data = np.frombuffer(bytearray(b"".join(strings)), dtype=np.uint8)
+        data = np.frombuffer(b"".join(strings), dtype=np.uint8).copy()
         return cls(torch.from_numpy(data), torch.from_numpy(offsets))
 
     def __getitem__(self, index: int) -> bytes:
@@ -140,7 +140,7 @@ class _AnnotationReader:
 
     def read(self, entries: list[Any]) -> None:
         """Read all annotations. Either all of them need a mask or none: one without, among others with, is a fault."""
-        self.has_masks = any(isinstance(entry, dict) and entry.get("segmentation") for entry in entries)
+        self.has_masks = not entries or any(isinstance(entry, dict) and entry.get("segmentation") for entry in entries)
         known: set[int] = set()
         for index, entry in enumerate(entries):
             number = new_id(entry, "annotation", index, known, self.faults)
@@ -199,7 +199,10 @@ class _AnnotationReader:
             try:
                 parts.append(check_polygon(part).reshape(-1))
             except ValueError as error:
-                self.faults.add(f"annotation {entry['id']}", f"field 'segmentation', polygon {number}: {error}")
+                problem = f"field 'segmentation', polygon {number}: {error}"
+                if self.faults.strict:
+                    raise ValueError(problem) from None
+                self.faults.add(f"annotation {entry['id']}", problem)
         if not parts:
             raise ValueError("field 'segmentation' has no usable polygon")
         gap = np.array([np.nan])  # no checked polygon holds one, so it can stand between two

@@ -57,7 +57,7 @@ def make(
 
     seed       a non-negative number or several; the same seed gives the same image on every machine
     size       px, side of the square image, or (height, width); at least 16
-    instances  fewest and most instances; a few images have none, a few a crowd region besides
+    instances  fewest and most instances, as far as they find room; a few images have none, a few a crowd besides
     returns    image [3, H, W] uint8, Target with masks, keypoints [N, 7, 3] (zeros except for figures) and crowd
     """
     scene = draw_scene(seed, size, instances)
