@@ -309,7 +309,9 @@ class ModelConfig:
     box: BoxHeadConfig = field(default_factory=BoxHeadConfig)
     mask: MaskHeadConfig | None = field(default_factory=MaskHeadConfig)  # None: Faster R-CNN
     keypoint: KeypointHeadConfig | None = None
-    head_norm: Literal["none", "batch"] = "none"  # batch norm after each conv of the pyramid and of the heads
+    head_norm: Literal["none", "batch"] = (
+        "none"  # batch norm after each conv of the pyramid and of the mask and keypoint heads
+    )
 
     def __post_init__(self) -> None:
         _check_choices(self)

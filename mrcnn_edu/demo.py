@@ -20,7 +20,7 @@ from mrcnn_edu.data.coco import CocoDataset
 from mrcnn_edu.evaluation.measure import measure
 from mrcnn_edu.evaluation.report import as_text
 from mrcnn_edu.models.mask_rcnn import build_model
-from mrcnn_edu.training.checkpoint import checkpoints, write_json
+from mrcnn_edu.training.checkpoint import write_json
 from mrcnn_edu.training.loop import train
 from mrcnn_edu.training.randomness import seed_rng
 from mrcnn_edu.visualize import sheet
@@ -55,13 +55,13 @@ def run(
     val_data = CocoDataset(data / "val", data / "val.json")
 
     config = demo_config(seed, iterations or (12 if smoke else None))
-    before = checkpoints(out)
+    started = out.exists()
     print(f"Training {config.train.iterations} iterations of {config.train.batch_size} images; ops: {ops.backend()}")
-    if before:
-        print(f"Going on from {before[0]}; for a new run choose another --out")
+    if started:
+        print(f"Going on with the run in {out}; for a new one choose another --out")
     seed_rng(seed)
     model = build_model(config.model)
-    summary = train(config, model, train_data, None, out, resume=bool(before), device=device)
+    summary = train(config, model, train_data, None, out, resume=started, device=device)
 
     evaluation, predictions = measure(model, val_data, config.data, out, AREA_SCALE)
     print(as_text(evaluation))

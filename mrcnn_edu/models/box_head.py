@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from mrcnn_edu import boxes as box_ops
 from mrcnn_edu.losses import box_loss, classification_loss
 from mrcnn_edu.matching import ignore_crowd, match, sample
-from mrcnn_edu.models.resnet import Norm
 from mrcnn_edu.ops import batched_nms
 from mrcnn_edu.structures import Detections, Proposals, Samples, Size, Target
 
@@ -26,16 +25,13 @@ class BoxHead(nn.Module):
     deltas have one row per foreground class, label k in row k - 1.
     """
 
-    def __init__(
-        self, channels: int, pooled_size: int, widths: tuple[int, ...], classes: int, norm: Norm | None = None
-    ) -> None:
+    def __init__(self, channels: int, pooled_size: int, widths: tuple[int, ...], classes: int) -> None:
         super().__init__()
         self.classes = classes
         layers: list[nn.Module] = [nn.Flatten()]
         inputs = channels * pooled_size**2
         for width in widths:
-            layers.append(nn.Linear(inputs, width, bias=norm is None))
-            layers += [norm(width), nn.ReLU()] if norm is not None else [nn.ReLU()]
+            layers += [nn.Linear(inputs, width), nn.ReLU()]
             inputs = width
         self.hidden = nn.Sequential(*layers)
         self.class_logits = nn.Linear(inputs, classes + 1)
@@ -43,6 +39,7 @@ class BoxHead(nn.Module):
         for layer in self.hidden:
             if isinstance(layer, nn.Linear):
                 nn.init.kaiming_uniform_(layer.weight, a=1)
+                nn.init.zeros_(layer.bias)
         for layer, std in ((self.class_logits, 0.01), (self.deltas, 0.001)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
