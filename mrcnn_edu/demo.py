@@ -55,7 +55,7 @@ def run(
     val_data = CocoDataset(data / "val", data / "val.json")
 
     config = demo_config(seed, iterations or (12 if smoke else None))
-    started = out.exists()
+    started = (out / "config.json").exists()
     print(f"Training {config.train.iterations} iterations of {config.train.batch_size} images; ops: {ops.backend()}")
     if started:
         print(f"Going on with the run in {out}; for a new one choose another --out")
