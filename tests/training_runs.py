@@ -79,6 +79,8 @@ def datasets(folder: Path) -> tuple[CocoDataset, CocoDataset]:
 
 def train_and_kill(data: CocoDataset, out: Path, stops: list[int]) -> None:
     """Train with a checkpoint after each iteration; for each stop resume and kill -9 as soon as it has that many."""
+    import torch._dynamo  # noqa: F401, seconds that PyTorch would otherwise take in the first step of every child
+
     for stop in stops:
         child = os.fork()
         if child == 0:
