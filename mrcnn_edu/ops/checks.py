@@ -30,7 +30,7 @@ def _values_can_be_read() -> bool:
 
 def size_pair(output_size: int | Sequence[int]) -> tuple[int, int]:
     """``output_size`` as (height, width) in bins, each at least 1."""
-    pair = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+    pair = tuple(output_size) if isinstance(output_size, Sequence) else (output_size, output_size)
     if len(pair) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in pair):
         raise ValueError(f"output_size must be one or two integers of at least 1, got {output_size!r}")
     return pair
