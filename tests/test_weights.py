@@ -176,6 +176,8 @@ def test_losses_and_gradients_are_the_same(pair):
         for module in model.modules():  # the statistics of the fixture, not of this batch
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
+    ours.pixel_mean = ours.pixel_mean.new_tensor(theirs.transform.image_mean)[:, None, None]  # not rounded to float32
+    ours.pixel_std = ours.pixel_std.new_tensor(theirs.transform.image_std)[:, None, None]
     find = theirs.rpn.filter_proposals
     theirs.rpn.filter_proposals = lambda *arguments: tuple(
         [value.float().double() for value in part] for part in find(*arguments)
