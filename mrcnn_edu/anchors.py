@@ -28,10 +28,11 @@ def cell_anchors(
     returns   [A, (x1, y1, x2, y2)] float32, sizes outermost
     """
     scale = torch.tensor(sizes, dtype=torch.float32)[:, None]  # [S, 1]
-    root = torch.tensor(ratios, dtype=torch.float32).sqrt()[None, :]  # [1, number of ratios]
+    ratio = torch.tensor(ratios, dtype=torch.float32)[None, :]  # [1, number of ratios]
+    root = ratio.sqrt()
     if rounding == "grid":
         width = torch.round(stride / root)
-        height = torch.round(width * root**2)
+        height = torch.round(width * ratio)  # half a pixel must stay one: 23 / 2 is 11.5, 23 * root**2 is less
         width, height = width * scale / stride, height * scale / stride
     else:
         width, height = (1 / root) * scale, root * scale

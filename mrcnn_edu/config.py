@@ -28,15 +28,16 @@ def lookup(kind: str, table: dict[str, Any], name: str) -> Any:
 
 def _require(condition: bool, config: Any, name: str, allowed: str) -> None:
     if not condition:
-        got = getattr(config, name, None) if " " not in name else ""
-        raise ValueError(f"{type(config).__name__}.{name} must be {allowed}, got {got!r}")
+        raise ValueError(f"{type(config).__name__}.{name} must be {allowed}, got {getattr(config, name)!r}")
 
 
 def _check_choices(config: Any) -> None:
     """Each Literal field must hold one of its choices; a type checker knows, a JSON file or a notebook does not."""
     for name, hint in get_type_hints(type(config)).items():
-        if get_origin(hint) is Literal and getattr(config, name) not in get_args(hint):
-            lookup(f"{type(config).__name__}.{name}", {str(c): c for c in get_args(hint)}, str(getattr(config, name)))
+        choices = get_args(hint)
+        if get_origin(hint) is Literal and getattr(config, name) not in choices:
+            _require(all(isinstance(c, str) for c in choices), config, name, " or ".join(map(str, choices)))
+            lookup(f"{type(config).__name__}.{name}", {c: c for c in choices}, str(getattr(config, name)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ class Conventions:
     box_beta: float = 1.0
     rpn_loss_divisor: Literal["sampled", "batch"] = "sampled"  # anchors really drawn, or rpn.batch_per_image x images
     # Masks and keypoints ------------------------------------------------------------------------------
-    mask_target: Literal["binary", "soft", "polygon"] = "binary"  # cells half covered; coverage; polygons at M x M
+    mask_target: Literal["binary", "soft"] = "binary"  # cells at least half covered; the covered share
     mask_target_aligned: bool = True  # as ``aligned``, for cutting the target out of the ground-truth mask
     paste: Literal["continuous", "integer"] = "continuous"  # "integer": boxes grow by (M+2)/M, then are rounded
     keypoint_rois: Literal["visible", "all"] = "visible"  # positives that train the keypoint head
@@ -115,7 +116,6 @@ DETECTRON1 = Conventions(
     aligned=False,
     rpn_box_beta=1 / 9,
     rpn_loss_divisor="batch",
-    mask_target="polygon",
     paste="integer",
     bias_lr_factor=2.0,
     bias_decay=False,
@@ -133,9 +133,8 @@ DETECTRON2 = Conventions(
     rpn_box_beta=0.0,
     box_beta=0.0,
     rpn_loss_divisor="batch",
-    mask_target="polygon",
     background="last",
-)
+)  # its "binary" mask targets are those it has for bitmaps; polygons it draws at M x M, and so does Detectron
 
 TORCHVISION = Conventions(
     stride_in="3x3",
@@ -225,9 +224,8 @@ class RPNConfig:
         )
         _require(self.batch_per_image >= 1, self, "batch_per_image", "at least 1")
         _require(0 <= self.positive_fraction <= 1, self, "positive_fraction", "0 to 1")
-        _require(
-            min(self.pre_nms) >= 1 and min(self.post_nms) >= 1, self, "pre_nms and post_nms", "counts of at least 1"
-        )
+        _require(min(self.pre_nms) >= 1, self, "pre_nms", "two counts of at least 1")
+        _require(min(self.post_nms) >= 1, self, "post_nms", "two counts of at least 1")
         _require(0 <= self.nms_threshold <= 1, self, "nms_threshold", "0 to 1")
 
 

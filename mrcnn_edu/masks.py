@@ -5,7 +5,7 @@ Chapter 2 (run lengths and polygons) and Chapter 11 (mask targets). Paper: Secti
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -34,8 +34,12 @@ def crop_masks(
     rule     "binary": 1 where at least half of the cell is covered; "soft": the covered share itself (torchvision)
     returns  [R, M, M] float32
 
+    Raises ValueError for another rule.
+
     Source: Section 3.1, the target is the intersection between a RoI and its ground-truth mask.
     """
+    if rule not in get_args(MaskTarget):
+        raise ValueError(f"crop_masks has the rules {' and '.join(get_args(MaskTarget))}, got {rule!r}")
     if len(boxes) == 0:
         return torch.zeros(0, size, size, device=masks.device)
     rois = torch.cat([matched[:, None].to(boxes.dtype), boxes], dim=1)

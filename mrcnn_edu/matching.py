@@ -26,7 +26,7 @@ def match(iou: Tensor, positive: float, negative: float, keep_best: bool = False
 
     With four boxes over one truth, ``match([[.8, .5, .1, 0]], .7, .3)`` gives statuses ``[1, -1, 0, 0]``.
     """
-    if len(iou) == 0:
+    if iou.numel() == 0:
         nothing = torch.zeros(iou.shape[1], dtype=torch.int64, device=iou.device)
         return nothing, nothing + NEGATIVE
     best, matched = iou.max(dim=0)  # [N]

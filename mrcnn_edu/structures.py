@@ -36,7 +36,7 @@ class Rows:
         tensors = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None:
+            if value is None and field.default is None:
                 continue
             if not isinstance(value, Tensor):
                 raise TypeError(f"{type(self).__name__}.{field.name} must be a tensor, got {type(value).__name__}")
@@ -214,8 +214,9 @@ class Target(Rows):
             if key not in values:
                 raise ValueError(f"a target dict needs 'boxes' and 'labels', got only {sorted(values)}")
         masks, crowd, keypoints = values.get("masks"), values.get("iscrowd"), values.get("keypoints")
-        if masks is not None and masks.dtype != torch.bool and bool((masks > 1).any() or (masks < 0).any()):
-            raise ValueError(f"target masks must hold 0 and 1 only, got up to {masks.max()}; compare with > 0 first")
+        other = None if masks is None else masks[(masks != 0) & (masks != 1)]
+        if other is not None and len(other):
+            raise ValueError(f"target masks must hold 0 and 1 only, got {other[0].item()}; compare with > 0 first")
         return cls(
             boxes=values["boxes"].to(torch.float32).reshape(-1, 4),
             labels=values["labels"].to(torch.int64),
@@ -341,7 +342,7 @@ class Detections(Rows):
         masks, keypoints, boxes = values.get("masks"), values.get("keypoints"), values["boxes"].to(torch.float32)
         if masks is not None:
             flat = masks.reshape(len(boxes), *masks.shape[-2:])
-            masks = crop_masks(flat, boxes, torch.arange(len(boxes), device=boxes.device), mask_size)
+            masks = crop_masks(flat, boxes, torch.arange(len(boxes), device=boxes.device), mask_size, rule="soft")
         if keypoints is not None:
             scores = values.get("keypoints_scores", torch.ones_like(keypoints[..., 2]))
             keypoints = torch.cat([keypoints[..., :2], scores[..., None]], dim=-1)
