@@ -4,8 +4,8 @@
 # make clean   remove what was built (not .venv, not runs)
 #
 # Every target sets up .venv the first time, from constraints.txt. Options: make demo ARGS="--seed 1",
-# make test ARGS="-k boxes", PYTHON=python3.12 to choose the interpreter, and on a machine without an NVIDIA GPU
-# TORCH_INDEX=https://download.pytorch.org/whl/cpu, which saves gigabytes of CUDA libraries.
+# make test ARGS="-k boxes", PYTHON=python3.12 to choose the interpreter, and TORCH_INDEX=... for another package index
+# to take torch and torchvision from, such as PyTorch's own of builds without CUDA, which saves gigabytes.
 
 PYTHON ?= python3
 TORCH_INDEX ?=
