@@ -104,7 +104,7 @@ def test_the_paper_by_hand():
 def test_every_preset_exists_under_every_conventions(name, rules):
     config = preset(name, rules)
     assert config.model.conventions is CONVENTIONS[rules]
-    assert replace(config.model, conventions=PAPER) == MODELS[name]
+    assert replace(config.model, conventions=PAPER) == replace(MODELS[name], conventions=PAPER)
     assert model_config(name, rules) == config.model
 
 
