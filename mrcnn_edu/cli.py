@@ -66,7 +66,9 @@ class Train:
 
     folder: Annotated[Positional[Path | None], arg(metavar="FOLDER")] = None  # images and annotations
     preset: Annotated[str, arg(metavar="NAME", help="what to start from: " + ", ".join(PRESETS))] = "maskrcnn_shapes"
-    conventions: Annotated[str, arg(metavar="NAME", help="whose details: " + ", ".join(CONVENTIONS))] = "paper"
+    conventions: Annotated[  # None keeps the preset's
+        str | None, arg(metavar="NAME", help="whose details: " + ", ".join(CONVENTIONS))
+    ] = None
     config: Path | None = None  # start from this config.json of a run instead of from a preset
     out: Path = Path("runs/train")  # folder of the run
     resume: Flag = False  # continue from the last checkpoint in --out, with the config.json there
@@ -125,6 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     An error is one sentence on stderr; with MRCNN_EDU_DEBUG set in the environment it is the whole traceback.
     """
+    # Waiting threads that spin make training several times slower as soon as another program wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         run = getattr(import_module("mrcnn_edu.commands"), type(options).__name__.lower())
@@ -184,7 +188,7 @@ def starting_config(arguments: list[str]) -> Config:
     if chosen.resume and file is None:
         file = Path(chosen.out or Train.out) / "config.json"
     if file is None:
-        return preset(chosen.preset or Train.preset, chosen.conventions or "paper")
+        return preset(chosen.preset or Train.preset, chosen.conventions)
     if chosen.preset or chosen.conventions:
         raise ValueError(f"{file} already says everything; leave --preset and --conventions out")
     return read_config(Path(file))

@@ -307,9 +307,7 @@ class ModelConfig:
     box: BoxHeadConfig = field(default_factory=BoxHeadConfig)
     mask: MaskHeadConfig | None = field(default_factory=MaskHeadConfig)  # None: Faster R-CNN
     keypoint: KeypointHeadConfig | None = None
-    head_norm: Literal["none", "batch"] = (
-        "none"  # batch norm after each conv of the pyramid and of the mask and keypoint heads
-    )
+    head_norm: Literal["none", "batch"] = "none"  # after each layer of the pyramid and the heads; layer norm for fc
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -423,6 +421,8 @@ MODELS = {
     # Small enough to train from scratch on two cores in minutes: a ten-layer backbone, three levels, slim heads.
     "maskrcnn_shapes": ModelConfig(
         classes=6,
+        # In so short a training the boxes need the steeper loss that most released codes have.
+        conventions=replace(PAPER, rpn_box_beta=1 / 9, box_beta=1 / 9),
         backbone=BackboneConfig(
             architecture="resnet10",
             width=32,
@@ -471,8 +471,8 @@ PRESETS = {name: Config(model) for name, model in MODELS.items()} | {
 }
 
 
-def preset(name: str, conventions: str = "paper", categories: CategoryMap | None = None) -> Config:
-    """A named run: model, data and training, under named conventions.
+def preset(name: str, conventions: str | None = None, categories: CategoryMap | None = None) -> Config:
+    """A named run: model, data and training; under the preset's own conventions where none are named.
 
     With the ``categories`` of a data set the model gets one class for each, and its keypoint branch (if it has one) one
     joint per keypoint name; the branch is left out when no category has keypoints.
@@ -480,7 +480,9 @@ def preset(name: str, conventions: str = "paper", categories: CategoryMap | None
     Raises ValueError for an unknown name, naming the nearest right one.
     """
     config = lookup("preset", PRESETS, name)
-    model = replace(config.model, conventions=lookup("conventions", CONVENTIONS, conventions))
+    model = config.model
+    if conventions is not None:
+        model = replace(model, conventions=lookup("conventions", CONVENTIONS, conventions))
     return replace(config, model=model if categories is None else for_categories(model, categories))
 
 
@@ -495,13 +497,16 @@ def for_categories(model: ModelConfig, categories: CategoryMap) -> ModelConfig:
     return replace(model, classes=len(categories.categories), keypoint=keypoint)
 
 
-def model_config(name: str, conventions: str = "paper", **changes: Any) -> ModelConfig:
-    """A named model under named conventions, with top-level fields changed: ``model_config("...", classes=3)``.
+def model_config(name: str, conventions: str | None = None, **changes: Any) -> ModelConfig:
+    """A named model with top-level fields changed, ``model_config("...", classes=3)``.
+
+    conventions  a key of ``CONVENTIONS``; None keeps the model's own
 
     Raises ValueError for an unknown name, naming the nearest right one.
     """
-    chosen = lookup("conventions", CONVENTIONS, conventions)
-    return replace(lookup("model", MODELS, name), conventions=chosen, **changes)
+    if conventions is not None:
+        changes["conventions"] = lookup("conventions", CONVENTIONS, conventions)
+    return replace(lookup("model", MODELS, name), **changes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from mrcnn_edu import boxes as box_ops
 from mrcnn_edu.losses import box_loss, classification_loss
 from mrcnn_edu.matching import ignore_crowd, match, sample
+from mrcnn_edu.models.resnet import Norm
 from mrcnn_edu.ops import batched_nms
 from mrcnn_edu.structures import Detections, Proposals, Samples, Size, Target
 
@@ -23,15 +24,21 @@ class BoxHead(nn.Module):
 
     Two hidden fully connected layers, then one linear layer for each output. Index 0 of the logits is background; the
     deltas have one row per foreground class, label k in row k - 1.
+
+    norm  builds a norm after each hidden layer, or None: a large learning rate needs one, since the first layer adds up
+          thousands of inputs
     """
 
-    def __init__(self, channels: int, pooled_size: int, widths: tuple[int, ...], classes: int) -> None:
+    def __init__(
+        self, channels: int, pooled_size: int, widths: tuple[int, ...], classes: int, norm: Norm | None = None
+    ) -> None:
         super().__init__()
         self.classes = classes
         layers: list[nn.Module] = [nn.Flatten()]
         inputs = channels * pooled_size**2
         for width in widths:
-            layers += [nn.Linear(inputs, width), nn.ReLU()]
+            layers.append(nn.Linear(inputs, width))
+            layers += [nn.ReLU()] if norm is None else [norm(width), nn.ReLU()]
             inputs = width
         self.hidden = nn.Sequential(*layers)
         self.class_logits = nn.Linear(inputs, classes + 1)

@@ -243,6 +243,7 @@ def build_model(model: str | ModelConfig = "maskrcnn_resnet50_fpn", conventions:
         return FrozenBatchNorm(channels, rules.frozen_norm_eps) if body.norm == "frozen" else nn.BatchNorm2d(channels)
 
     conv_norm = nn.BatchNorm2d if config.head_norm == "batch" else None
+    fc_norm = nn.LayerNorm if config.head_norm == "batch" else None  # a step may have a single roi, which is no batch
 
     # ResNeXt, unlike ResNet, has always had its stride in the grouped 3x3
     stride_in = "3x3" if body.architecture.startswith("resnext") else rules.stride_in
@@ -274,7 +275,7 @@ def build_model(model: str | ModelConfig = "maskrcnn_resnet50_fpn", conventions:
 
     heads: dict[str, nn.Module] = {
         "box_features": roi_features(config.box),
-        "box_head": BoxHead(body.channels, config.box.pooled_size, config.box.fc, config.classes),
+        "box_head": BoxHead(body.channels, config.box.pooled_size, config.box.fc, config.classes, fc_norm),
     }
     if config.mask is not None:
         heads["mask_features"] = roi_features(config.mask)
