@@ -6,7 +6,8 @@
 
 The C++ part needs a C++ compiler, the CUDA part also nvcc; neither needs a GPU. Whatever cannot be built is left out
 and said so, and the package then runs the same ops in PyTorch. MRCNN_EDU_EXTENSION=require makes a failure an error,
-=cpu leaves the CUDA part out, =none leaves out both. TORCH_CUDA_ARCH_LIST chooses GPUs as usual.
+=cpu leaves the CUDA part out, =none leaves out both, =sanitize is csrc/sanitize.py's. TORCH_CUDA_ARCH_LIST chooses GPUs
+as usual.
 """
 
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-CHOICES = ("auto", "require", "cpu", "none")
+CHOICES = ("auto", "require", "cpu", "none", "sanitize")
 WANTED = os.environ.get("MRCNN_EDU_EXTENSION", "auto")
 HERE = Path(__file__).parent
 # T4, A100 and H100; the PTX of the last one serves whatever comes later. Few, because each is compiled separately.
@@ -34,9 +35,17 @@ def sources(pattern):
 def cpp_flags():
     if sys.platform == "win32":
         return ["/O2", "/fp:precise"]
+    if WANTED == "sanitize":
+        flags = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-DMRCNN_ONE_VERSION"]
+        return [*flags, "-ffp-contract=off", "-fno-omit-frame-pointer", "-fopenmp"]
     # No fused multiply-add: every processor, and the CUDA part, then rounds alike.
     flags = ["-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-Wno-unknown-pragmas"]
     return flags + (["-fopenmp"] if sys.platform == "linux" else [])
+
+
+def link_flags():
+    flags = ["-fopenmp"] if sys.platform == "linux" else []
+    return [*flags, "-fsanitize=address,undefined"] if WANTED == "sanitize" else flags
 
 
 def extension(cuda):
@@ -50,7 +59,7 @@ def extension(cuda):
         + (sources("csrc/cuda/*.cu") + sources("csrc/cuda/*.cpp") if cuda else []),
         depends=sources("csrc/**/*.h"),
         extra_compile_args={"cxx": cpp_flags(), "nvcc": ["-O3", "--fmad=false"]},
-        extra_link_args=["-fopenmp"] if sys.platform == "linux" else [],
+        extra_link_args=link_flags(),
     )
 
 
@@ -71,8 +80,8 @@ def cuda_is_missing():
     """Why the CUDA part cannot be built, or None."""
     import torch
 
-    if WANTED == "cpu":
-        return "MRCNN_EDU_EXTENSION=cpu"
+    if WANTED in ("cpu", "sanitize"):
+        return f"MRCNN_EDU_EXTENSION={WANTED}"
     if torch.version.cuda is None:
         return "this torch was built without CUDA"
     if not find_toolkit():
@@ -89,7 +98,7 @@ def builder():
             try:
                 super().build_extension(ext)
             except Exception as error:
-                if WANTED == "require":
+                if WANTED in ("require", "sanitize"):
                     raise
                 if any(source.endswith(".cu") for source in ext.sources):
                     left_out("the CUDA ops", f"they did not compile ({error})")
@@ -102,7 +111,7 @@ def builder():
             try:
                 super().run()
             except Exception as error:  # no compiler at all, or one that torch refuses
-                if WANTED == "require":
+                if WANTED in ("require", "sanitize"):
                     raise
                 left_out("the compiled ops", f"{error}; the ops run in PyTorch")
 
@@ -123,7 +132,7 @@ def main():
     try:
         import torch  # noqa: F401
     except ImportError as error:
-        if WANTED == "require":
+        if WANTED in ("require", "sanitize"):
             raise
         left_out(
             "the compiled ops",

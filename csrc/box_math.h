@@ -20,9 +20,10 @@ MRCNN_HOST_DEVICE Box make_box(const float* edge) {
 // Is the intersection over union above the threshold? Two boxes without area have none. Computed in T.
 template <typename T>
 MRCNN_HOST_DEVICE bool overlaps(const Box& a, const Box& b, T both_areas, double threshold) {
-  const T width = std::fmin(T(a.x2), T(b.x2)) - std::fmax(T(a.x1), T(b.x1));
-  const T height = std::fmin(T(a.y2), T(b.y2)) - std::fmax(T(a.y1), T(b.y1));
-  const T shared = std::fmax(width, T(0)) * std::fmax(height, T(0));
+  const T width = T(a.x2 < b.x2 ? a.x2 : b.x2) - T(a.x1 > b.x1 ? a.x1 : b.x1);
+  const T height = T(a.y2 < b.y2 ? a.y2 : b.y2) - T(a.y1 > b.y1 ? a.y1 : b.y1);
+  if (!(width > T(0) && height > T(0))) return false;
+  const T shared = width * height;
   const T together = both_areas - shared;
   return together > T(0) && shared / together > threshold;
 }

@@ -1,6 +1,7 @@
 // What one axis contributes, worked out once per RoI instead of once per bin of the other axis.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "../roi_math.h"
@@ -32,6 +33,12 @@ struct MeanTaps {
 
   int count(int bin) const { return static_cast<int>(begin[bin + 1] - begin[bin]); }
 
+  int largest_count() const {
+    int largest = 0;
+    for (size_t bin = 0; bin + 1 < begin.size(); ++bin) largest = std::max(largest, count(static_cast<int>(bin)));
+    return largest;
+  }
+
  private:
   // Samples advance steadily, so a shared cell is among the last two entries of the bin.
   void add(int index, T share) {
@@ -44,6 +51,31 @@ struct MeanTaps {
     }
     cell.push_back(index);
     weight.push_back(share);
+  }
+};
+
+// The cells one bin sums, as rows of numbers, and their weights: every cell of the y axis with every one of the x axis.
+template <typename Cell, typename A>
+struct BinRows {
+  std::vector<Cell*> row;
+  std::vector<A> weight;
+
+  void reserve(const MeanTaps<A>& ys, const MeanTaps<A>& xs) {
+    const size_t most = size_t(ys.largest_count()) * xs.largest_count();
+    if (row.size() < most) row.resize(most), weight.resize(most);
+  }
+
+  // Returns how many there are. `cells` is the first cell of the image.
+  int64_t fill(const MeanTaps<A>& ys, const MeanTaps<A>& xs, int by, int bx, Cell* cells, int64_t width, int64_t step) {
+    int64_t rows = 0;
+    for (size_t y = ys.begin[by]; y < ys.begin[by + 1]; ++y) {
+      Cell* line = cells + ys.cell[y] * width * step;
+      for (size_t x = xs.begin[bx]; x < xs.begin[bx + 1]; ++x, ++rows) {
+        row[rows] = line + xs.cell[x] * step;
+        weight[rows] = ys.weight[y] * xs.weight[x];
+      }
+    }
+    return rows;
   }
 };
 

@@ -47,26 +47,20 @@ void roi_mean_backward(const RoiProblem& problem, const T* gradient) {
   const int64_t channels = problem.channels;
   for_channels(channels, [&](int64_t first, int64_t last) {
     MeanTaps<A> ys, xs;
-    std::vector<A*> row;
-    std::vector<A> weight, part(last - first);
+    BinRows<A, A> bin_rows;
+    std::vector<A> part(last - first);
     for (const int64_t r : order) {
       const int64_t width = problem.maps[problem.level[r]].width;
       A* cells = problem.image_cells<A>(r) + first;
       ys.build(problem.axis_y<A>(r));
       xs.build(problem.axis_x<A>(r));
+      bin_rows.reserve(ys, xs);
       const T* bin = gradient + r * problem.bins_y * problem.bins_x * channels;
       for (int by = 0; by < problem.bins_y; ++by) {
         for (int bx = 0; bx < problem.bins_x; ++bx, bin += channels) {
-          row.clear();
-          weight.clear();
-          for (size_t y = ys.begin[by]; y < ys.begin[by + 1]; ++y) {
-            for (size_t x = xs.begin[bx]; x < xs.begin[bx + 1]; ++x) {
-              row.push_back(cells + (ys.cell[y] * width + xs.cell[x]) * channels);
-              weight.push_back(ys.weight[y] * xs.weight[x]);
-            }
-          }
+          const int64_t rows = bin_rows.fill(ys, xs, by, bx, cells, width, channels);
           std::copy(bin + first, bin + last, part.begin());
-          add_to_rows(row.data(), weight.data(), static_cast<int64_t>(row.size()), last - first, part.data());
+          add_to_rows(bin_rows.row.data(), bin_rows.weight.data(), rows, last - first, part.data());
         }
       }
     }

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <numeric>
 #include <tuple>
+#include <type_traits>
 
 #include "axis_taps.h"
 #include "kernels.h"
@@ -36,9 +37,18 @@ std::vector<int64_t> order_of_visit(const RoiProblem& problem) {
 
 // sum[c] = weight[0] * row[0][c] + weight[1] * row[1][c] + ..., four rows per pass over the channels.
 template <typename T, typename A>
-MRCNN_INLINE void sum_rows_loop(const T* const* row, const A* weight, int64_t rows, int64_t channels, A* sum) {
-  for (int64_t c = 0; c < channels; ++c) sum[c] = A(0);
+MRCNN_INLINE void sum_rows_loop(const T* const* row, const A* weight, int64_t rows, int64_t channels, A* __restrict sum) {
   int64_t k = 0;
+  if (rows >= 4) {
+    const T *r0 = row[0], *r1 = row[1], *r2 = row[2], *r3 = row[3];
+    const A w0 = weight[0], w1 = weight[1], w2 = weight[2], w3 = weight[3];
+    for (int64_t c = 0; c < channels; ++c) {
+      sum[c] = (w0 * A(r0[c]) + w1 * A(r1[c])) + (w2 * A(r2[c]) + w3 * A(r3[c]));
+    }
+    k = 4;
+  } else {
+    for (int64_t c = 0; c < channels; ++c) sum[c] = A(0);
+  }
   for (; k + 4 <= rows; k += 4) {
     const T *r0 = row[k], *r1 = row[k + 1], *r2 = row[k + 2], *r3 = row[k + 3];
     const A w0 = weight[k], w1 = weight[k + 1], w2 = weight[k + 2], w3 = weight[k + 3];
@@ -95,27 +105,25 @@ void roi_mean_forward(const RoiProblem& problem, T* out) {
   const int64_t channels = problem.channels;
   at::parallel_for(0, problem.rois, 1, [&](int64_t begin, int64_t end) {
     MeanTaps<A> ys, xs;
-    std::vector<const T*> row;
-    std::vector<A> weight, sum(channels);
+    BinRows<const T, A> bin_rows;
+    std::vector<A> sum(channels);
     for (int64_t n = begin; n < end; ++n) {
       const int64_t r = order[n];
       const int64_t width = problem.maps[problem.level[r]].width;
       const T* cells = problem.image_cells<const T>(r);
       ys.build(problem.axis_y<A>(r));
       xs.build(problem.axis_x<A>(r));
+      bin_rows.reserve(ys, xs);
       T* bin = out + r * problem.bins_y * problem.bins_x * channels;
       for (int by = 0; by < problem.bins_y; ++by) {
         for (int bx = 0; bx < problem.bins_x; ++bx, bin += channels) {
-          row.clear();
-          weight.clear();
-          for (size_t y = ys.begin[by]; y < ys.begin[by + 1]; ++y) {
-            for (size_t x = xs.begin[bx]; x < xs.begin[bx + 1]; ++x) {
-              row.push_back(cells + (ys.cell[y] * width + xs.cell[x]) * channels);
-              weight.push_back(ys.weight[y] * xs.weight[x]);
-            }
+          const int64_t rows = bin_rows.fill(ys, xs, by, bx, cells, width, channels);
+          if constexpr (std::is_same_v<T, A>) {
+            sum_rows(bin_rows.row.data(), bin_rows.weight.data(), rows, channels, bin);
+          } else {
+            sum_rows(bin_rows.row.data(), bin_rows.weight.data(), rows, channels, sum.data());
+            std::copy(sum.begin(), sum.end(), bin);
           }
-          sum_rows(row.data(), weight.data(), static_cast<int64_t>(row.size()), channels, sum.data());
-          std::copy(sum.begin(), sum.end(), bin);
         }
       }
     }
