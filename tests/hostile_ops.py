@@ -113,7 +113,7 @@ def pasting(hostile: Hostile) -> None:
     threshold = hostile.often(0.5, None, 0.0, 1.0, 2.0, math.nan)
     rule = hostile.often(hostile.random.choice(["continuous", "integer"]), "nearest", None)
     pasted = ops.paste_masks(masks, boxes, size, threshold, rule)
-    assert pasted.shape == (count, *size)
+    assert pasted.shape == (len(masks), *size)
     crops = ops.paste_crops(masks, boxes, size, threshold, rule)
     for mask, (top, left, crop) in zip(pasted, crops):
         window = mask[top : top + crop.shape[0], left : left + crop.shape[1]]

@@ -47,8 +47,8 @@ def roi_features(
 def _one_level(layer, features, rois, output_size, scale, samples_per_bin, aligned, mode) -> Tensor:
     channels, height, width = features.shape[1:]
     exact = torch.promote_types(features.dtype, torch.float32)  # half precision is summed in float32
-    if len(rois) == 0:
-        return features.new_zeros(0, channels, *output_size) + 0 * features.sum()
+    if len(rois) == 0 or channels == 0:
+        return features.new_zeros(len(rois), channels, *output_size) + 0 * features.sum()
     image = rois[:, 0].detach().long()
     x1, y1, x2, y2 = rois[:, 1:].detach().to(exact).unbind(1)
     ys = axis_samples(layer, y1, y2, scale, output_size[0], height, samples_per_bin, aligned)

@@ -1,0 +1,155 @@
+"""RoIAlign on a GPU: one launch over four FPN levels, beside torchvision's one launch per level.
+
+    python benchmarks/ops_cuda.py
+
+Forward, and forward with backward, for 512 and 1000 RoIs in float32, float16 and bfloat16; also how far the forward
+pass is from the time that moving its bytes takes. Written to benchmarks/results/ with card, driver and versions. Says
+so and ends where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor
+
+from mrcnn_edu import ops
+from mrcnn_edu.ops import backends, vectorized
+
+RESULTS = Path(__file__).parent / "results"
+STRIDES = (4, 8, 16, 32)
+ROUNDS = 30
+
+
+def milliseconds(function: Callable[[], object], repeats: int = 10) -> float:
+    """Mean time of one call on the device, over several calls in a row."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeats):
+        function()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / repeats
+
+
+def some_rois(count: int) -> tuple[Tensor, Tensor]:
+    """Rois [R, 5] in two images of 800 x 1344 px, sides log-uniform in 16..600 px, and each one's FPN level."""
+    g = torch.Generator().manual_seed(0)
+    side = 16 * torch.exp(torch.rand(count, generator=g) * math.log(600 / 16))
+    aspect = torch.exp((torch.rand(count, generator=g) * 2 - 1) * math.log(2))
+    width, height = side * aspect.sqrt(), side / aspect.sqrt()
+    x, y = torch.rand(count, generator=g) * (1344 - width), torch.rand(count, generator=g) * (800 - height)
+    image = torch.randint(2, (count,), generator=g).float()
+    levels = torch.floor(4 + torch.log2(side / 224)).clamp(2, 5).long() - 2
+    return torch.stack([image, x, y, x + width, y + height], dim=1).cuda(), levels.cuda()
+
+
+def bytes_moved(maps: list[Tensor], rois: Tensor, levels: Tensor, size: int) -> float:
+    """Every cell RoIAlign needs read once, every number of the result written once."""
+    cells = 0
+    for level, (features, stride) in enumerate(zip(maps, STRIDES)):
+        chosen, (height, width) = rois[levels == level], features.shape[2:]
+        if len(chosen) == 0:
+            continue
+        ys = vectorized.axis_samples("roi_align", chosen[:, 2], chosen[:, 4], 1 / stride, size, height, 2, True)
+        xs = vectorized.axis_samples("roi_align", chosen[:, 1], chosen[:, 3], 1 / stride, size, width, 2, True)
+        y, x = vectorized.mean_taps(*ys, height)[0].flatten(1), vectorized.mean_taps(*xs, width)[0].flatten(1)
+        row = chosen[:, 0].long()[:, None] * height + y
+        cells += (row[:, :, None] * width + x[:, None, :]).unique().numel()
+    return float((cells + len(rois) * size * size) * maps[0].shape[1] * maps[0].element_size())
+
+
+def copy_rate() -> float:
+    source = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / (milliseconds(lambda: target.copy_(source)) * 1e-3)
+
+
+def measure(dtype: torch.dtype, count: int, size: int) -> dict[str, object]:
+    rois, levels = some_rois(count)
+    maps = [torch.randn(2, 256, 800 // s, 1344 // s, device="cuda", dtype=dtype) for s in STRIDES]
+    ours = [m.contiguous(memory_format=torch.channels_last).requires_grad_() for m in maps]
+    theirs = [m.clone().requires_grad_() for m in maps]
+    scales = [1 / s for s in STRIDES]
+    rows = [(levels == level).nonzero()[:, 0] for level in range(4)]
+    per_level = [rois[r].to(dtype) for r in rows]  # torchvision wants rois in the dtype of the map
+
+    def our_forward() -> Tensor:
+        return ops.pool_levels("roi_align", ours, rois, levels, size, scales)
+
+    def their_forward() -> Tensor:
+        pooled = [
+            torchvision.ops.roi_align(m, r, size, s, 2, True) for m, r, s in zip(theirs, per_level, scales) if len(r)
+        ]
+        return torch.cat(pooled)
+
+    result = {"dtype": str(dtype).removeprefix("torch."), "rois": count, "size": size}
+    gradient = torch.ones(count, 256, size, size, device="cuda", dtype=dtype)
+    ours_gradient = gradient.contiguous(memory_format=torch.channels_last)
+    for name, our_side, their_side in (
+        ("forward", our_forward, their_forward),
+        (
+            "forward + backward",
+            lambda: torch.autograd.grad(our_forward(), ours, ours_gradient),
+            lambda: torch.autograd.grad(their_forward(), theirs, gradient, allow_unused=True),
+        ),
+    ):
+        our_side(), their_side()
+        pairs = [(milliseconds(our_side), milliseconds(their_side)) for _ in range(ROUNDS)]
+        mine, other = (statistics.median(side) for side in zip(*pairs))
+        ratio = statistics.median(b / a for a, b in pairs)
+        result[name] = {"ours_ms": round(mine, 4), "torchvision_ms": round(other, 4), "ratio": round(ratio, 2)}
+    with torch.no_grad():
+        floor = bytes_moved(maps, rois, levels, size) / copy_rate() * 1e3
+    result["forward"]["times_memory_floor"] = round(result["forward"]["ours_ms"] / floor, 2)
+    return result
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        print("There is no GPU here: nothing measured.")
+        return
+    if "cuda" not in backends.COMPILED_FOR:
+        sys.exit(f"The CUDA ops were not built: {ops.backend()}")
+    results = []
+    print(f"{'':28}{'ours':>12}{'torchvision':>14}{'ratio':>8}   (aim 2x)")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for count, size in ((512, 7), (1000, 7), (512, 14), (1000, 14)):
+            result = measure(dtype, count, size)
+            results.append(result)
+            for name in ("forward", "forward + backward"):
+                one = result[name]
+                floor = f"   {one['times_memory_floor']} x the memory floor" if "times_memory_floor" in one else ""
+                print(
+                    f"{result['dtype']:9}{count:5} {size:2}  {name:19}{one['ours_ms']:>8} ms"
+                    f"{one['torchvision_ms']:>9} ms{one['ratio']:>7}x{floor}"
+                )
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+    ).stdout.splitlines()
+    report = {
+        "date": date.today().isoformat(),
+        "card": torch.cuda.get_device_name(),
+        "driver": driver[0] if driver else "unknown",
+        "cuda": torch.version.cuda,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "results": results,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / "ops-cuda.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"\nWritten to {path}")
+
+
+if __name__ == "__main__":
+    main()
