@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mrcnn_edu import boxes as box_ops
+from mrcnn_edu import keypoints as keypoint_ops
 from mrcnn_edu.config import DataConfig
 from mrcnn_edu.structures import Size, Target
 
@@ -82,17 +83,11 @@ def flip(image: Tensor, target: Target, flip_pairs: FlipPairs = ()) -> tuple[Ten
     """
     width = image.shape[2]
     masks, keypoints = target.masks, target.keypoints
-    if keypoints is not None:
-        order = list(range(keypoints.shape[1]))
-        for a, b in flip_pairs:
-            order[a], order[b] = b, a
-        x, y, visible = keypoints[:, order].unbind(-1)
-        keypoints = torch.stack([torch.where(visible > 0, width - x, x), y, visible], dim=-1)
     flipped = replace(
         target,
         boxes=box_ops.flip(target.boxes, width),
         masks=None if masks is None else masks.flip(-1),
-        keypoints=keypoints,
+        keypoints=None if keypoints is None else keypoint_ops.flip(keypoints, width, flip_pairs),
     )
     return image.flip(-1), flipped
 

@@ -239,7 +239,7 @@ def evaluate(run: Run, config: Config, val_data: CocoDataset, signals: StopSigna
     kinds = [kind for kind, branch in branches.items() if branch is not None]
     with untouched(run, config.train, signals) as model:
         predictions = predict_dataset(model, val_data, config.data)
-        return coco.evaluate(val_data, predictions, kinds).to_json()
+        return coco.evaluate(val_data, predictions, kinds, paste=config.model.conventions.paste).to_json()
 
 
 def finish(
