@@ -454,14 +454,14 @@ PRESETS = {name: Config(model) for name, model in MODELS.items()} | {
         model=MODELS["maskrcnn_shapes"],
         data=DataConfig(min_size=(160,), max_size=160, test_size=160, channel_shuffle=0.5, workers=1),
         train=TrainConfig(
-            iterations=2270,
+            iterations=1300,
             batch_size=4,
             optimiser="adamw",
             learning_rate=2e-3,
             betas=(0.9, 0.98),
             weight_decay=0.02,
             schedule="cosine",
-            warmup_iterations=180,
+            warmup_iterations=104,
             clip_norm=5.0,
             average=0.998,
             precision="fp32",  # bf16 takes several times as long on processors without instructions for it
