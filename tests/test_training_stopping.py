@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
@@ -29,7 +30,15 @@ def test_a_signal_waits_for_the_check(number: int, kind: type[BaseException]) ->
     assert before == {n: signal.getsignal(n) for n in before}
 
 
-def test_a_second_ctrl_c_does_not_wait() -> None:
+@pytest.fixture
+def interactive() -> Iterator[None]:
+    """Ctrl-C as in a terminal: a shell starts its background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_does_not_wait(interactive: None) -> None:
     with StopSignals() as signals:
         send(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt) as raised:
