@@ -27,7 +27,7 @@ namespace mrcnn_edu {
 enum class Layer : int { roi_pool = 0, roi_warp = 1, roi_align = 2 };
 
 // Adaptive sampling takes about one sample per cell; this bounds what a huge RoI can ask for, per side of a bin.
-constexpr int kMaxSamples = 1024;
+constexpr int kMaxSamples = 256;
 
 // One axis of one RoI on its map.
 template <typename T>

@@ -41,7 +41,9 @@ def main() -> int:
             str(path) for path in sorted((ROOT / "tests").glob("test_ops_*.py")) if path.stem != "test_ops_hostile"
         ]
         options = ["-q", "-p", "no:cacheprovider", "-k", "not int32_counts and not graph_breaks"]
+        built = f"import mrcnn_edu._C as c; assert c.__file__.startswith({folder!r}), c.__file__"
         for command in (
+            ["-c", f"import torch; {built}"],  # not the one in the checkout
             ["-m", "pytest", *options, *tests],
             [str(ROOT / "tests" / "hostile_ops.py"), "--calls", str(args.calls)],
         ):

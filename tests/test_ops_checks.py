@@ -99,7 +99,7 @@ def test_levels_are_checked(name):
 
 @pytest.mark.parametrize("name", FAST)
 def test_the_sampling_grid_is_bounded(name):
-    """A box of 2e5 cells asks for 28572 x 28572 samples per bin; it is answered at once, from a grid of 1024 x 1024."""
+    """A box of 2e5 cells asks for 28572 x 28572 samples per bin; it is answered at once, from a grid of 256 x 256."""
     with ops.use(name):
         pooled = align(rois=[[0.0, -1e5, -1e5, 1e5, 1e5], [0.0, 0, 0, 3e38, 3e38]], size=7, samples=0)
     assert torch.isfinite(pooled).all() and pooled.max() <= 1.0001

@@ -5,6 +5,7 @@ import torch
 from ops_cases import generator, laid_out, needs_compiled, random_rois
 
 from mrcnn_edu import ops
+from mrcnn_edu.ops.checks import MAX_SAMPLES
 
 pytestmark = needs_compiled
 
@@ -87,6 +88,7 @@ def test_the_same_bits_for_any_number_of_threads(mode, layout):
 def test_the_ops_check_for_themselves():
     """Called without Python's checks, neither forward nor backward leaves its memory."""
     maps = pyramid()
+    raw(maps, samples=MAX_SAMPLES)
     bad = ROIS.clone()
     for row in (
         [7.0, 0, 0, 9, 9],
@@ -111,7 +113,7 @@ def test_the_ops_check_for_themselves():
         {"bins": (2**40, 2)},
         {"layer": 3},
         {"samples": -1},
-        {"samples": 5000},
+        {"samples": MAX_SAMPLES + 1},
         {"levels": LEVELS[:3]},
         {"rois": ROIS[:, :4]},
         {"features": [maps[0], maps[1][:, :2]]},

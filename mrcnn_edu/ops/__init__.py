@@ -56,7 +56,8 @@ def roi_align(
     rois             [R, (image, x1, y1, x2, y2)] float32, image pixels; image is an index into B
     output_size      P, or (height, width), in bins
     spatial_scale    cells per image pixel, 1 / stride
-    samples_per_bin  per side, so 2 means the paper's four points; 0 takes one sample per cell the bin is wide
+    samples_per_bin  per side, so 2 means the paper's four points; 0 takes one sample per cell the bin is wide; 256 at
+                     most in either case
     aligned          cell i has its centre at i + 0.5 (right); False puts it at i and gives every RoI at least one cell
     mode             mean or max over the samples of a bin
     returns          [R, C, P, P] in the dtype of the features, summed in float32 (float64 for float64)

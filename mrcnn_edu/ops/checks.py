@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-MAX_SAMPLES = 1024  # sampling points along one side of one bin; bounds the work a huge RoI can ask for
+MAX_SAMPLES = 256  # per side of a bin (kMaxSamples in csrc/roi_math.h); bounds the work a huge RoI can ask for
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
