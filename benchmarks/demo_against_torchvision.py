@@ -84,6 +84,13 @@ class SlimBackbone(nn.Module):
         return self.fpn({name: maps[name] for name in ("c3", "c4", "c5")})
 
 
+class Contiguous(nn.Module):
+    """torchvision's keypoint loss calls ``view`` on the logits, which channels_last maps do not allow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.contiguous()
+
+
 class Torchvision(nn.Module):
     """torchvision's Mask R-CNN behind the interface of this project's loop and evaluation."""
 
@@ -117,7 +124,7 @@ class Torchvision(nn.Module):
         heads = self.detector.roi_heads
         heads.keypoint_roi_pool = align(keypoint.pooled_size)
         heads.keypoint_head = KeypointRCNNHeads(channels, keypoint.convs)
-        heads.keypoint_predictor = KeypointRCNNPredictor(keypoint.convs[-1], keypoint.joints)
+        heads.keypoint_predictor = nn.Sequential(KeypointRCNNPredictor(keypoint.convs[-1], keypoint.joints), Contiguous())
         # Images come resized, and masks stay inside their boxes: the pasting belongs to the evaluation, for both alike.
         self.detector.transform.resize = lambda image, target: (image, target)
         self.detector.transform.postprocess = lambda found, sizes, original_sizes: found
