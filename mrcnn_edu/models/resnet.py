@@ -200,7 +200,8 @@ class ResNet(nn.Module):
             self.channels[name] = inputs = stage_channels(architecture, name, width)
             at = stride
         initialise(self)
-        self.non_local = NonLocal(self.channels["c4"]) if non_local else None  # beside c4, whose weights keep names
+        before_last = self.channels["c4" if len(self.c4) > 1 else "c3"]
+        self.non_local = NonLocal(before_last) if non_local else None  # beside c4, so that its blocks keep their names
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         x = self.stem(pixels)  # [B, width, H/4, W/4]
