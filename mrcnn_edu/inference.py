@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,7 +26,10 @@ from mrcnn_edu.data.coco import CocoDataset
 from mrcnn_edu.data.images import read_image, to_rgb
 from mrcnn_edu.data.loading import val_loader
 from mrcnn_edu.data.transforms import resize
-from mrcnn_edu.structures import Detections, ImageBatch, Size, Target, check_image
+from mrcnn_edu.structures import Detections, ImageBatch, Proposals, Size, Target, check_image
+
+if TYPE_CHECKING:
+    from mrcnn_edu.training.proposals import SavedProposals
 
 ImageSource = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
@@ -69,13 +73,19 @@ def predict(
 
 
 def predict_dataset(
-    model: nn.Module, dataset: CocoDataset, config: DataConfig, batch_size: int = 8, progress: bool = False
+    model: nn.Module,
+    dataset: CocoDataset,
+    config: DataConfig,
+    batch_size: int = 8,
+    progress: bool = False,
+    proposals: SavedProposals | None = None,
 ) -> dict[int, Detections]:
     """What the model finds in every image of a data set, by image id, in the images' own pixels, on the CPU.
 
     config      gives the size (``test_size``, ``max_size``) and the number of loader processes
     batch_size  images at a time
     progress    show a bar on stderr
+    proposals   to use in place of the model's own, ``training.proposals.SavedProposals``
 
     Raises FloatingPointError where weights or outputs are not finite.
     """
@@ -84,20 +94,28 @@ def predict_dataset(
     with tqdm(total=len(dataset), desc="predicting", unit="image", disable=not progress) as bar:
         for batch, _, image_ids in val_loader(dataset, config, batch_size):
             names = [f"image {image_id}" for image_id in image_ids]
-            found.update(zip(image_ids, detect(model, batch, names)))
+            given = None if proposals is None else proposals.of_batch(batch, image_ids)
+            found.update(zip(image_ids, detect(model, batch, names, given)))
             bar.update(len(image_ids))
     return found
 
 
-def detect(model: nn.Module, batch: ImageBatch, names: Sequence[str] | None = None) -> list[Detections]:
+def detect(
+    model: nn.Module,
+    batch: ImageBatch,
+    names: Sequence[str] | None = None,
+    proposals: list[Proposals] | None = None,
+) -> list[Detections]:
     """The model's detections for a batch, in the pixels of the original images, checked to be finite, on the CPU.
 
-    names  what to call each image in an error message
+    names      what to call each image in an error message
+    proposals  one per image, in the batch's pixels, to use in place of the model's own
     """
     names = names or [f"image {index}" for index in range(len(batch))]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with evaluating(model), torch.inference_mode():
-        found = model(batch.to(device))
+        batch = batch.to(device)
+        found = model(batch) if proposals is None else model(batch, proposals=[part.to(device) for part in proposals])
     checked = []
     for detections, size, original_size, name in zip(found, batch.sizes, batch.original_sizes, names):
         detections = detections.to("cpu")

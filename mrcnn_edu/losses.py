@@ -8,9 +8,20 @@ that every parameter has a gradient and every process of a distributed run the s
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+RPN_LOSSES = ("objectness", "rpn_box")
+HEAD_LOSSES = ("classification", "box", "mask", "keypoint")
+ALL_LOSSES = RPN_LOSSES + HEAD_LOSSES
+
+
+def any_of(names: Collection[str], only: Collection[str]) -> bool:
+    """Is one of the names among those wanted?"""
+    return not set(names).isdisjoint(only)
 
 
 def objectness_loss(logits: Tensor, positive: Tensor, divisor: float) -> Tensor:
