@@ -93,7 +93,10 @@ class Evaluate:
     weights: Path = DEMO_WEIGHTS  # weights.safetensors of a run, or the run's folder
     out: Path = Path("runs/evaluate")  # folder for the results
     min_size: int | None = None  # px, shorter side the network sees; None: as in the run's config.json, else 800
-    max_size: int | None = None  # px, longer side; None: as in the run's config.json, else 1333
+    max_size: int | None = None  # px, longer side; None: as in the run's config.json, else 1333 (with --scales 2000)
+    scales: tuple[int, ...] = ()  # px; combine what is found at several shorter sides, 400 500 ... 1200 in the paper
+    mirror: Flag = False  # combine it with what is found in the mirror image
+    vote: float | None = None  # IoU of box voting among all that is combined, 0.9 in Detectron; None: no voting
     strict: bool = True  # refuse an inconsistent annotation file; --no-strict drops the faulty parts and reports them
     device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
 
@@ -115,7 +118,10 @@ class Predict:
     overlays: bool = True  # write overlays/<picture>.png with what was found
     masks: Flag = False  # write masks/<picture>-<number>-<class>.png for each instance, white on black
     min_size: int | None = None  # px, shorter side the network sees; None: as in the run's config.json, else 800
-    max_size: int | None = None  # px, longer side; None: as in the run's config.json, else 1333
+    max_size: int | None = None  # px, longer side; None: as in the run's config.json, else 1333 (with --scales 2000)
+    scales: tuple[int, ...] = ()  # px; combine what is found at several shorter sides, 400 500 ... 1200 in the paper
+    mirror: Flag = False  # combine it with what is found in the mirror image
+    vote: float | None = None  # IoU of box voting among all that is combined, 0.9 in Detectron; None: no voting
     device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
 
 

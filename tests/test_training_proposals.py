@@ -10,12 +10,13 @@ import training_runs
 from safetensors.torch import load_file, save_file
 from training_runs import DATA, tiny_model
 
+from mrcnn_edu.augmentation import into_view
 from mrcnn_edu.data.coco import CocoDataset
 from mrcnn_edu.data.loading import train_loader
 from mrcnn_edu.data.shapes import write
 from mrcnn_edu.evaluation.proposals import recall
 from mrcnn_edu.structures import ImageBatch, Proposals
-from mrcnn_edu.training.proposals import FORMAT, SavedProposals, Task, into_view, propose_dataset, save_proposals
+from mrcnn_edu.training.proposals import FORMAT, SavedProposals, Task, propose_dataset, save_proposals
 
 TWO = {
     7: Proposals(torch.tensor([[0.0, 0, 4, 2], [1, 1, 3, 3]]), torch.tensor([0.9, 0.1])),

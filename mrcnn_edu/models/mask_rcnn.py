@@ -294,15 +294,19 @@ class MaskRCNN(nn.Module):
 
     def detect_keypoints(self, features: dict[str, Tensor], detections: list[Detections]) -> list[Detections]:
         """The detections with ``keypoints``; zeros for classes that have none."""
-        branch, complete = self.config.keypoint, []
-        rows = [rows_with_keypoints(found.labels, branch.labels) for found in detections]
-        boxes = [found.boxes[chosen] for found, chosen in zip(detections, rows)]
-        logits = self.keypoint_head(self.roi_maps(self.keypoint_features, features, boxes))
-        for found, chosen, part in zip(detections, rows, logits.split([len(chosen) for chosen in rows])):
-            keypoints = torch.zeros(len(found), branch.joints, 3, device=part.device)
-            keypoints[chosen] = keypoint_ops.decode(part, found.boxes[chosen])
+        complete = []
+        for found, (chosen, logits) in zip(detections, self.keypoint_maps(features, detections)):
+            keypoints = torch.zeros(len(found), self.config.keypoint.joints, 3, device=logits.device)
+            keypoints[chosen] = keypoint_ops.decode(logits, found.boxes[chosen])
             complete.append(replace(found, keypoints=keypoints))
         return complete
+
+    def keypoint_maps(self, features: dict[str, Tensor], detections: list[Detections]) -> list[tuple[Tensor, Tensor]]:
+        """For each image the rows of its detections that have keypoints, and their keypoint logits [n, J, M, M]."""
+        rows = [rows_with_keypoints(found.labels, self.config.keypoint.labels) for found in detections]
+        boxes = [found.boxes[chosen] for found, chosen in zip(detections, rows)]
+        logits = self.keypoint_head(self.roi_maps(self.keypoint_features, features, boxes))
+        return list(zip(rows, logits.split([len(chosen) for chosen in rows])))
 
     def check(self, batch: ImageBatch, targets: list[Target] | None, proposals: list[Proposals] | None) -> None:
         """Refuse what does not fit: wrong counts, labels outside 1..K, boxes without area or not finite."""

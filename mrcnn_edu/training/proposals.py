@@ -22,17 +22,17 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor
 
 from mrcnn_edu import __version__
 from mrcnn_edu import boxes as box_ops
+from mrcnn_edu.augmentation import into_view
 from mrcnn_edu.config import DataConfig
 from mrcnn_edu.data.coco import CocoDataset
 from mrcnn_edu.data.loading import val_loader
 from mrcnn_edu.inference import evaluating
 from mrcnn_edu.losses import HEAD_LOSSES, any_of
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
-from mrcnn_edu.structures import ImageBatch, Proposals, Size
+from mrcnn_edu.structures import ImageBatch, Proposals
 from mrcnn_edu.training.checkpoint import write_atomically
 
 FORMAT = "mrcnn_edu proposals 1"
@@ -198,9 +198,3 @@ def propose_dataset(
             kept = box_ops.area(boxes) > 0  # rounding may push a sliver onto the border
             found[image_id] = Proposals(boxes[kept], part.scores[kept])
     return found
-
-
-def into_view(boxes: Tensor, original: Size, size: Size, mirrored: bool) -> Tensor:
-    """Boxes ``[N, 4]`` of an image (height, width) in the pixels of that image resized to ``size``, then mirrored."""
-    boxes = box_ops.clip(box_ops.resize(boxes, original, size), size)
-    return box_ops.flip(boxes, size[1]) if mirrored else boxes
