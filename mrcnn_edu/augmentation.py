@@ -19,6 +19,7 @@ from mrcnn_edu import boxes as box_ops
 from mrcnn_edu import keypoints as keypoint_ops
 from mrcnn_edu.data.transforms import FlipPairs, resize
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
+from mrcnn_edu.models.unshared import Unshared, look
 from mrcnn_edu.ops import batched_nms
 from mrcnn_edu.structures import Detections, ImageBatch, Size, Target
 
@@ -52,6 +53,7 @@ class Augmentation:
 
 def check_augmentable(model: nn.Module, augmentation: Augmentation) -> None:
     """Raise TypeError or ValueError for a model that cannot be asked twice, or whose joints have no mirror image."""
+    model = model.detector if isinstance(model, Unshared) else model
     if not isinstance(model, MaskRCNN):
         raise TypeError(f"test-time augmentation needs a MaskRCNN, got {type(model).__name__}")
     if model.keypoint_head is not None and augmentation.flip and augmentation.flip_pairs is None:
@@ -61,7 +63,7 @@ def check_augmentable(model: nn.Module, augmentation: Augmentation) -> None:
         )
 
 
-def detect_views(model: MaskRCNN, image: Tensor, augmentation: Augmentation) -> tuple[Detections, Size]:
+def detect_views(model: MaskRCNN | Unshared, image: Tensor, augmentation: Augmentation) -> tuple[Detections, Size]:
     """What the model finds in all views of an image together, in the pixels of the largest view; and that view's size.
 
     image  [3, H, W], uint8 or float in [0, 1]
@@ -72,11 +74,14 @@ def detect_views(model: MaskRCNN, image: Tensor, augmentation: Augmentation) -> 
     check_augmentable(model, augmentation)
     batches = views(image, augmentation)
     frame = max((batch.sizes[0] for batch in batches), key=math.prod)
-    maps, parts = [], []
+    maps, parts, proposer = [], [], None
+    if isinstance(model, Unshared):
+        model, proposer = model.detector, model.proposer
     for batch in batches:
         batch = batch.to(model.pixel_mean.device)
-        features = model.backbone(model.normalise(batch))
-        proposals = model.propose(model.rpn(features, batch.pixels.shape[-2:]), batch)
+        features, proposals = look(model, batch)
+        if proposer is not None:
+            _, proposals = look(proposer, batch)
         found = model.detect(features, proposals, batch, boxes_only=True)[0]
         parts.append(replace(found, boxes=out_of_view(found.boxes, batch.sizes[0], frame, batch.mirrored[0])))
         maps.append(features)

@@ -21,7 +21,7 @@ from mrcnn_edu.config import Config
 from mrcnn_edu.data.coco import CategoryMap, CocoDataset
 from mrcnn_edu.losses import ALL_LOSSES, HEAD_LOSSES, RPN_LOSSES, any_of
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
-from mrcnn_edu.structures import Detections, ImageBatch, Proposals
+from mrcnn_edu.models.unshared import Unshared
 from mrcnn_edu.training.checkpoint import check_state, write_json
 from mrcnn_edu.training.export import load_model
 from mrcnn_edu.training.loop import train
@@ -74,22 +74,6 @@ FOUR_STEP = (
 END_TO_END = (Stage("joint"),)
 
 PROCEDURES = {"stagewise": STAGEWISE, "four-step": FOUR_STEP, "end-to-end": END_TO_END}
-
-
-class Unshared(nn.Module):
-    """Two networks that share nothing: one proposes, the other detects; called as a ``MaskRCNN`` is."""
-
-    def __init__(self, proposer: MaskRCNN, detector: MaskRCNN) -> None:
-        super().__init__()
-        self.proposer, self.detector = proposer, detector
-
-    def forward(self, batch: ImageBatch) -> list[Detections]:
-        return self.detector(batch, proposals=self.propose(batch))
-
-    def propose(self, batch: ImageBatch) -> list[Proposals]:
-        """The proposals of the first network, in the batch's pixels."""
-        features = self.proposer.backbone(self.proposer.normalise(batch))
-        return self.proposer.propose(self.proposer.rpn(features, batch.pixels.shape[-2:]), batch)
 
 
 def train_stages(
