@@ -1,4 +1,4 @@
-"""The ``mrcnn-edu`` command: what can be typed, and how it is understood. ``commands`` does the work.
+"""The ``mrcnn-edu`` command: what can be typed, and how it is understood. ``commands`` and ``reproducing`` do the work.
 
 Chapter 18 (your own data). Every field of a configuration is an option: ``--model.rpn.nms-threshold 0.5``.
 
@@ -14,7 +14,7 @@ import sys
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import FlagCreatePairsOff, Positional, arg
@@ -93,7 +93,10 @@ class Evaluate:
     weights: Path = DEMO_WEIGHTS  # weights.safetensors of a run, or the run's folder
     out: Path = Path("runs/evaluate")  # folder for the results
     min_size: int | None = None  # px, shorter side the network sees; None: as in the run's config.json, else 800
-    max_size: int | None = None  # px, longer side; None: as in the run's config.json, else 1333
+    max_size: int | None = None  # px, longer side; None: as in the run's config.json, else 1333 (with --scales 2000)
+    scales: tuple[int, ...] = ()  # px; combine what is found at several shorter sides, 400 500 ... 1200 in the paper
+    mirror: Flag = False  # combine it with what is found in the mirror image
+    vote: float | None = None  # IoU of box voting among all that is combined, 0.9 in Detectron; None: no voting
     strict: bool = True  # refuse an inconsistent annotation file; --no-strict drops the faulty parts and reports them
     device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
 
@@ -115,11 +118,45 @@ class Predict:
     overlays: bool = True  # write overlays/<picture>.png with what was found
     masks: Flag = False  # write masks/<picture>-<number>-<class>.png for each instance, white on black
     min_size: int | None = None  # px, shorter side the network sees; None: as in the run's config.json, else 800
-    max_size: int | None = None  # px, longer side; None: as in the run's config.json, else 1333
+    max_size: int | None = None  # px, longer side; None: as in the run's config.json, else 1333 (with --scales 2000)
+    scales: tuple[int, ...] = ()  # px; combine what is found at several shorter sides, 400 500 ... 1200 in the paper
+    mirror: Flag = False  # combine it with what is found in the mirror image
+    vote: float | None = None  # IoU of box voting among all that is combined, 0.9 in Detectron; None: no voting
     device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
 
 
-COMMANDS = {"demo": Demo, "train": Train, "evaluate": Evaluate, "predict": Predict}
+@dataclass(frozen=True)
+class Reproduce:
+    """Run the paper's experiments: any row of any table, small on drawn shapes or in full on COCO and Cityscapes.
+
+    Without a name all experiments are listed. A name is that of a row, table2c/roialign-mean, or of a table, table2c. A
+    result is kept as one JSON file per seed; what is there already is not run again, what was stopped goes on. At the
+    end our numbers stand beside the paper's, as a table and as a figure.
+
+    At full scale: torchrun --standalone --nproc_per_node=8 -m mrcnn_edu reproduce table2a --scale coco --data ...
+    """
+
+    names: Annotated[
+        Positional[tuple[str, ...]],
+        arg(metavar="NAME ...", help_behavior_hint="", help="rows or tables; none: list all"),
+    ] = ()
+    scale: Literal["toy", "coco"] = "toy"  # minutes on drawn shapes, or the paper's schedule on its data
+    seeds: int = 1  # run each with the seeds 0, 1, ...
+    plan: Flag = False  # only say what to type at coco scale, and how many hours and how much memory it takes
+    gpus: int = 8  # for --plan: how many ...
+    gpu: Literal["v100", "a100", "h100"] = "h100"  # ... of which kind
+    table: Flag = False  # only show the results that are there
+    out: Path = Path("runs/reproduce")  # folder of all runs and results
+    data: Path | None = None  # folder of the images, laid out as for train; toy: where to draw them, data/shapes-128
+    coco: Path | None = None  # folder of COCO's images, where a row of Cityscapes starts from a model of COCO's
+    unlabelled: Path | None = None  # COCO-format file of unlabelled images, beside their folder of the same name
+    backbone: Path | None = None  # coco: torchvision's ImageNet weights of the ResNet, a .pth file
+    iterations: int | None = None  # fewer or more than the experiment's; kept apart from its other results
+    images: int = 4000  # toy: drawn images to train on; a twentieth as many to measure on
+    device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
+
+
+COMMANDS = {"demo": Demo, "train": Train, "evaluate": Evaluate, "predict": Predict, "reproduce": Reproduce}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,7 +168,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
-        run = getattr(import_module("mrcnn_edu.commands"), type(options).__name__.lower())
+        home = "mrcnn_edu.reproducing" if isinstance(options, Reproduce) else "mrcnn_edu.commands"
+        run = getattr(import_module(home), type(options).__name__.lower())
         run(options)
     except KeyboardInterrupt:
         print("mrcnn-edu: stopped", file=sys.stderr)
@@ -154,7 +192,7 @@ def sentence(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def parse(arguments: list[str]) -> Demo | Train | Evaluate | Predict:
+def parse(arguments: list[str]) -> Demo | Train | Evaluate | Predict | Reproduce:
     """What a command line asks for; exits after --help (0) and after a mistake (2), naming the nearest right option."""
     if not arguments or arguments[0].startswith("-"):
         about = arguments or ["--help"]

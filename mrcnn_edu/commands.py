@@ -20,9 +20,11 @@ from tqdm import tqdm
 
 from mrcnn_edu import demo as demo_run
 from mrcnn_edu import ops
+from mrcnn_edu.augmentation import Augmentation
 from mrcnn_edu.cli import Demo, Evaluate, Predict, Train, read_config
 from mrcnn_edu.config import Config, DataConfig, ModelConfig, for_categories
-from mrcnn_edu.data.coco import CategoryMap, CocoDataset, read_image
+from mrcnn_edu.data.coco import CategoryMap, CocoDataset, flip_pairs, read_image
+from mrcnn_edu.data.transforms import FlipPairs
 from mrcnn_edu.evaluation.measure import branches, measure
 from mrcnn_edu.evaluation.report import as_text, save_json
 from mrcnn_edu.evaluation.results import FILES, PasteRule, image_results, save_results
@@ -125,7 +127,7 @@ def start_backbone(model: MaskRCNN, weights: Path | None, resume: bool) -> None:
             raise
         except Exception as error:  # a file of another kind can fail in any way inside the reader
             raise ValueError(f"{weights} is not a PyTorch weights file: {str(error).splitlines()[0]}") from error
-        load_imagenet(model.backbone.resnet, state)
+        load_imagenet(model.backbone.resnet, state, model.res5)
     elif model.config.backbone.norm == "frozen" and not resume:
         raise ValueError(
             "this backbone has frozen parts that need ImageNet weights: give torchvision's file with --backbone, or "
@@ -154,10 +156,24 @@ def evaluate(options: Evaluate) -> None:
             f"the weights know {categories.names}, {annotations} has {dataset.categories.names}; "
             "the categories, their ids and their order must be the same"
         )
-    evaluation, _ = measure(model, dataset, config, options.out)
+    augmentation = augmentation_of(options, config, dataset.flip_pairs)
+    evaluation, _ = measure(model, dataset, config, options.out, augmentation=augmentation)
     save_json(options.out / "metrics.json", evaluation)
     print(as_text(evaluation))
     print(f"Numbers: {options.out / 'metrics.json'}, results: {options.out}/results-*.json")
+
+
+def augmentation_of(options: Evaluate | Predict, config: DataConfig, pairs: FlipPairs) -> Augmentation | None:
+    """The sizes and mirror images that were asked for, or None for a single look at the config's size."""
+    if not (options.scales or options.mirror):
+        if options.vote is not None:
+            raise ValueError("--vote counts the boxes of several views; ask for some with --scales or --mirror")
+        return None
+    if options.scales and options.min_size is not None:
+        raise ValueError("--scales takes the place of --min-size; leave one of them out")
+    sizes = options.scales or (config.test_size,)
+    longest = options.max_size or (Augmentation.max_size if options.scales else config.max_size)
+    return Augmentation(sizes, max(longest, *sizes), options.mirror, pairs, options.vote)
 
 
 def open_weights(path: Path, min_size: int | None, max_size: int | None) -> tuple[MaskRCNN, CategoryMap, DataConfig]:
@@ -180,6 +196,8 @@ def predict(options: Predict) -> None:
     paths = find_pictures(options.images)
     model, categories, config = open_weights(options.weights, options.min_size, options.max_size)
     model.to(choose_device(options.device))
+    pairs = flip_pairs(categories) if model.config.keypoint is not None else ()
+    augmentation = augmentation_of(options, config, pairs)
     names, plain = picture_names(paths)
     images: list[dict[str, Any]] = []
     results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in branches(model)}
@@ -192,7 +210,7 @@ def predict(options: Predict) -> None:
                 problems.append(str(error))
                 continue
             size = (image.shape[1], image.shape[2])
-            found = predict_image(model, image, config.test_size, config.max_size)
+            found = predict_image(model, image, config.test_size, config.max_size, augmentation=augmentation)
             images.append({"id": image_id, "file_name": names[path], "height": size[0], "width": size[1]})
             for kind, entries in results.items():
                 entries += image_results(categories, image_id, size, found, kind, model.config.conventions.paste)

@@ -315,7 +315,7 @@ def test_a_signal_while_evaluating(data: Datasets, tmp_path: Path, undisturbed: 
     """Ctrl-C during the evaluation after iteration 3 does not wait for its end, and loses nothing."""
     predict = loop.predict_dataset
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from mrcnn_edu.structures import ImageBatch, Size, Target, check_target
 
 Batch = tuple[ImageBatch, list[Target], list[int]]  # images, their targets, their ids
 
-Sample = tuple[Tensor, Target, Size, int]  # image, target, size before the resize, image id
+Sample = tuple[Tensor, Target, Size, int, bool]  # image, target, size before the resize, image id, mirrored
 
 TIMEOUT = 300.0  # seconds a batch may take before a stuck worker is called an error
 PREFETCH = 2  # batches each worker prepares ahead
@@ -181,7 +181,8 @@ class _Samples(Dataset):
         joints = self.dataset.joints or None
         check_target(target, original_size, len(self.dataset.categories), joints, f"target of image {image_id}")
         generator = torch.Generator().manual_seed(_mix(self.seed, 1, position))
-        return (*self.augment(image, target, generator), original_size, image_id)
+        drawn = self.augment.draw(generator)
+        return (*self.augment.apply(image, target, drawn), original_size, image_id, drawn.mirrored)
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,8 @@ class PackedBatch:
         for sample in samples:
             if isinstance(sample, Exception):
                 return sample
-        images, targets, original_sizes, image_ids = zip(*samples)
-        batch = ImageBatch.collate(list(images), list(original_sizes))
+        images, targets, original_sizes, image_ids, mirrored = zip(*samples)
+        batch = replace(ImageBatch.collate(list(images), list(original_sizes)), mirrored=list(mirrored))
         masks = None
         if targets[0].masks is not None:
             masks = torch.cat([target.masks.reshape(-1) for target in targets])

@@ -137,7 +137,7 @@ def evaluate_results(
         check_results(dataset, entries, kind)
     if "mask" in results and dataset.annotations.regions is None:
         raise ValueError(f"{dataset.annotations_file} has no masks; leave 'mask' out of the kinds")
-    sigmas = _sigmas(dataset.joints, sigmas) if "keypoint" in results else ()
+    sigmas = oks_sigmas(dataset.joints, sigmas) if "keypoint" in results else ()
     limits = (SIZE_LIMITS[0] * area_scale, SIZE_LIMITS[1] * area_scale)
     truth = ground_truth(dataset, masks="mask" in results)
     measured = {kind: _measure(dataset, truth, entries, kind, limits, sigmas) for kind, entries in results.items()}
@@ -194,7 +194,8 @@ def _annotation(entry: dict[str, Any], rle: dict[str, Any] | None, joints: int) 
     }
 
 
-def _sigmas(joints: int, sigmas: Sequence[float] | None) -> tuple[float, ...]:
+def oks_sigmas(joints: int, sigmas: Sequence[float] | None = None) -> tuple[float, ...]:
+    """The given sigmas, checked; without any COCO's own for 17 joints, else their mean for every joint."""
     if joints == 0:
         raise ValueError("the data set has no keypoints; leave 'keypoint' out of the kinds")
     if sigmas is None:

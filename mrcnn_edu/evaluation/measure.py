@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mrcnn_edu.augmentation import Augmentation
 from mrcnn_edu.config import DataConfig
 from mrcnn_edu.data.coco import CocoDataset
 from mrcnn_edu.evaluation.coco import Evaluation, evaluate_results
@@ -17,15 +18,22 @@ from mrcnn_edu.structures import Detections
 
 
 def measure(
-    model: MaskRCNN, dataset: CocoDataset, config: DataConfig, out: Path, area_scale: float = 1.0, progress: bool = True
+    model: MaskRCNN,
+    dataset: CocoDataset,
+    config: DataConfig,
+    out: Path,
+    area_scale: float = 1.0,
+    progress: bool = True,
+    augmentation: Augmentation | None = None,
 ) -> tuple[Evaluation, dict[int, Detections]]:
     """COCO's AP and AR of a model on a data set, and the predictions behind them by image id.
 
-    config      gives the size at which the network sees the images
-    out         folder that gets results-bbox.json and, where there are such branches, results-segm.json and so on
-    area_scale  of the sides that divide small, medium and large instances, see ``coco.evaluate``
+    config        gives the size at which the network sees the images
+    out           folder that gets results-bbox.json and, where there are such branches, results-segm.json and so on
+    area_scale    of the sides that divide small, medium and large instances, see ``coco.evaluate``
+    augmentation  sizes and mirror images to combine, in place of the config's size
     """
-    predictions = predict_dataset(model, dataset, config, progress=progress)
+    predictions = predict_dataset(model, dataset, config, progress=progress, augmentation=augmentation)
     kinds = [kind for kind in branches(model) if kind != "keypoint" or dataset.joints]
     paste = model.config.conventions.paste
     results = {kind: to_coco_results(dataset, predictions, kind, paste) for kind in kinds}

@@ -24,12 +24,14 @@ from mrcnn_edu.config import Config, TrainConfig
 from mrcnn_edu.data.coco import CocoDataset
 from mrcnn_edu.data.loading import Batch, train_loader, val_loader
 from mrcnn_edu.evaluation import coco
+from mrcnn_edu.evaluation.proposals import recall
 from mrcnn_edu.inference import evaluating, predict_dataset
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
 from mrcnn_edu.structures import ImageBatch, Target
 from mrcnn_edu.training import checkpoint
 from mrcnn_edu.training.checkpoint import Run, write_json
 from mrcnn_edu.training.export import export_weights
+from mrcnn_edu.training.proposals import EVERYTHING, Task, propose_dataset
 from mrcnn_edu.training.randomness import rng_state, seed_rng, set_rng_state
 from mrcnn_edu.training.record import Record, peak_memory_mib
 from mrcnn_edu.training.schedule import learning_rate, set_learning_rate
@@ -49,6 +51,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     device: torch.device | str | None = None,
+    task: Task = EVERYTHING,
 ) -> dict[str, Any]:
     """Train a model, and return what was measured; ``out`` then holds the run, ``weights.safetensors`` included.
 
@@ -58,6 +61,7 @@ def train(
     resume    continue from the last checkpoint in ``out``, to the bit on a CPU; from the start where there is none
     progress  show a bar, or a few lines where there is no terminal
     device    "cpu", "cuda", "cuda:1", ...; None: the GPU if there is one
+    task      which losses, on whose proposals, see ``stages``; parts of the model with frozen weights stay as they are
 
     Raises ValueError for a model, data or a checkpoint that do not fit the config, OSError when ``out`` cannot be used,
     FloatingPointError when a loss or a gradient is not finite. Ctrl-C and SIGTERM end the iteration, save and leave.
@@ -72,8 +76,8 @@ def train(
     ):
         set_rng_state(rng)  # last of all, so that nothing that was set up has drawn from it
         try:
-            loop(run, batches, config, train_data, val_data, folder, signals, record)
-            return finish(run, config, train_data, val_data, folder, signals, record)
+            loop(run, batches, config, train_data, val_data, folder, signals, record, task)
+            return finish(run, config, train_data, val_data, folder, signals, record, task)
         except Stopped:
             save(run, config, train_data, folder)
             message = f"stopped after iteration {run.iteration}; {run.saved} is saved, resume continues from it"
@@ -90,6 +94,7 @@ def loop(
     folder: Path,
     signals: StopSignals,
     record: Record,
+    task: Task,
 ) -> None:
     """The training loop: batch, losses, gradients, step; and every so often a checkpoint and a look at the results."""
     settings = config.train
@@ -103,7 +108,7 @@ def loop(
         set_learning_rate(run.optimiser, rate)
 
         with autocast(run, settings):
-            losses = run.model(batch, targets)
+            losses = run.model(batch, targets, task.training(batch, image_ids), task.losses)
         values = finite_losses(losses, run, image_ids)
 
         run.optimiser.zero_grad()
@@ -123,9 +128,9 @@ def loop(
         if due(settings.checkpoint_every, run, settings):
             save(run, config, train_data, folder)
         if val_data is not None and due(settings.validate_every, run, settings):
-            record.result(run.iteration, "validation", validate(run, config, val_data, signals))
+            record.result(run.iteration, "validation", validate(run, config, val_data, signals, task))
         if val_data is not None and due(settings.evaluate_every, run, settings):
-            record.result(run.iteration, "evaluation", evaluate(run, config, val_data, signals))
+            record.result(run.iteration, "evaluation", evaluate(run, config, val_data, signals, task))
     save(run, config, train_data, folder)
 
 
@@ -219,26 +224,33 @@ def untouched(run: Run, settings: TrainConfig, signals: StopSignals) -> Iterator
         set_rng_state(rng)
 
 
-def validate(run: Run, config: Config, val_data: CocoDataset, signals: StopSignals) -> dict[str, float]:
+def validate(
+    run: Run, config: Config, val_data: CocoDataset, signals: StopSignals, task: Task = EVERYTHING
+) -> dict[str, float]:
     """The mean of each loss over all validation images, and their sum ``total``."""
     sums: dict[str, float] = {}
     with untouched(run, config.train, signals) as model, torch.no_grad():
-        for batch, targets, _ in val_loader(val_data, config.data, config.train.batch_size):
+        for batch, targets, image_ids in val_loader(val_data, config.data, config.train.batch_size):
             batch, targets = to_device(batch, targets, run, config.train)
             with autocast(run, config.train):
-                losses = model(batch, targets)
+                losses = model(batch, targets, task.validation(batch, image_ids), task.losses)
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0.0) + loss.item() * len(batch)
     means = {name: value / len(val_data) for name, value in sums.items()}
     return means | {"total": sum(means.values())}
 
 
-def evaluate(run: Run, config: Config, val_data: CocoDataset, signals: StopSignals) -> dict[str, Any]:
-    """COCO's AP and AR of the model on the validation images, for every branch it has."""
+def evaluate(
+    run: Run, config: Config, val_data: CocoDataset, signals: StopSignals, task: Task = EVERYTHING
+) -> dict[str, Any]:
+    """COCO's AP and AR of the model on the validation images, for every branch it has; recall where only the RPN is."""
+    if not task.trains_heads:
+        with untouched(run, config.train, signals) as model:
+            return {"proposals": recall(val_data, propose_dataset(model, val_data, config.data))}
     branches = {"box": config.model.box, "mask": config.model.mask, "keypoint": config.model.keypoint}
     kinds = [kind for kind, branch in branches.items() if branch is not None]
     with untouched(run, config.train, signals) as model:
-        predictions = predict_dataset(model, val_data, config.data)
+        predictions = predict_dataset(model, val_data, config.data, proposals=task.val_proposals)
         return coco.evaluate(val_data, predictions, kinds, paste=config.model.conventions.paste).to_json()
 
 
@@ -250,12 +262,13 @@ def finish(
     folder: Path,
     signals: StopSignals,
     record: Record,
+    task: Task,
 ) -> dict[str, Any]:
     """Measure the final model, leave its weights, and sum the run up."""
     summary = {"iterations": run.iteration, "seconds": run.seconds, "training": record.last}
     if val_data is not None:
         for name, measure in (("validation", validate), ("evaluation", evaluate)):
-            summary[name] = measure(run, config, val_data, signals)
+            summary[name] = measure(run, config, val_data, signals, task)
             record.result(run.iteration, name, summary[name])
     if run.average is not None:
         run.model.load_state_dict(run.average.model.state_dict())

@@ -40,6 +40,9 @@ def start(
         check_channels_last(model, where)
         model.to(memory_format=torch.channels_last)
     model.train()
+    for part in model.children():
+        if not any(parameter.requires_grad for parameter in part.parameters()):
+            part.eval()  # what a stage has frozen keeps its statistics too
     run = Run(
         model,
         build_optimiser(model, settings, config.model.conventions),
