@@ -340,6 +340,7 @@ class DataConfig:
     test_size: int = 800  # px, shorter side at inference
     flip: float = 0.5  # probability of mirroring a training image
     channel_shuffle: float = 0.0  # probability of permuting its colour channels
+    group: int = 2  # training images of one orientation (upright or wide) come in so many at a time: less padding
     workers: int = 2  # loader processes; 0 loads in the training process
     strict: bool = True  # refuse an inconsistent annotation file; False drops the faulty parts and reports them
 
@@ -349,6 +350,7 @@ class DataConfig:
         _require(1 <= self.test_size <= self.max_size, self, "test_size", "1 to max_size")
         _require(0 <= self.flip <= 1, self, "flip", "a probability")
         _require(0 <= self.channel_shuffle <= 1, self, "channel_shuffle", "a probability")
+        _require(self.group >= 1, self, "group", "at least 1 (no grouping)")
         _require(self.workers >= 0, self, "workers", "0 or more")
 
 
@@ -358,6 +360,7 @@ class TrainConfig:
 
     iterations: int = 160_000
     batch_size: int = 16  # images per iteration, over all processes
+    accumulate: int = 1  # parts into which each process divides its share: fewer GPUs keep the batch
     optimiser: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.02
     momentum: float = 0.9  # of SGD
@@ -373,6 +376,8 @@ class TrainConfig:
     average: float = 0.0  # decay of a moving average of the weights, used for evaluation; 0: none
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast of the forward pass
     channels_last: bool = True  # memory layout of images and weights
+    sync_norm: bool = False  # batch norms see the images of all processes; on GPUs only
+    compile: bool = False  # torch.compile of backbone and heads
     seed: int = 0
     log_every: int = 20  # iterations
     evaluate_every: int = 0  # iterations; 0: only at the end
@@ -383,6 +388,7 @@ class TrainConfig:
         _check_choices(self)
         _require(self.iterations >= 1, self, "iterations", "at least 1")
         _require(self.batch_size >= 1, self, "batch_size", "at least 1")
+        _require(self.accumulate >= 1, self, "accumulate", "at least 1")
         _require(0 < self.learning_rate < math.inf, self, "learning_rate", "a positive number")
         _require(0 <= self.momentum < 1, self, "momentum", "0 <= momentum < 1")
         _require(all(0 <= b < 1 for b in self.betas), self, "betas", "two numbers in [0, 1)")

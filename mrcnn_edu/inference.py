@@ -69,20 +69,28 @@ def predict(
 
 
 def predict_dataset(
-    model: nn.Module, dataset: CocoDataset, config: DataConfig, batch_size: int = 8, progress: bool = False
+    model: nn.Module,
+    dataset: CocoDataset,
+    config: DataConfig,
+    batch_size: int = 8,
+    progress: bool = False,
+    rank: int = 0,
+    world: int = 1,
 ) -> dict[int, Detections]:
     """What the model finds in every image of a data set, by image id, in the images' own pixels, on the CPU.
 
     config      gives the size (``test_size``, ``max_size``) and the number of loader processes
     batch_size  images at a time
     progress    show a bar on stderr
+    rank, world this process among how many; it predicts its own part of the images only
 
     Raises FloatingPointError where weights or outputs are not finite.
     """
     check_weights(model)
     found: dict[int, Detections] = {}
-    with tqdm(total=len(dataset), desc="predicting", unit="image", disable=not progress) as bar:
-        for batch, _, image_ids in val_loader(dataset, config, batch_size):
+    batches = val_loader(dataset, config, batch_size, rank, world)
+    with tqdm(total=batches.images, desc="predicting", unit="image", disable=not progress) as bar:
+        for batch, _, image_ids in batches:
             names = [f"image {image_id}" for image_id in image_ids]
             found.update(zip(image_ids, detect(model, batch, names)))
             bar.update(len(image_ids))

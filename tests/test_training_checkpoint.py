@@ -53,7 +53,7 @@ def step(run: Run) -> None:
 
 
 def capture(run: Run, config: Config = CONFIG, categories: Categories = CATEGORIES, data: str = "data") -> dict:
-    return checkpoint.capture(run, config, categories, data)
+    return checkpoint.capture(run, config, categories, data, [rng_state()])
 
 
 def restore(run: Run, state: dict, config: Config = CONFIG, categories: Categories = CATEGORIES, data="data") -> None:
@@ -89,7 +89,7 @@ def test_restored_run_goes_on_to_the_bit(tmp_path: Path) -> None:
     two = make_run(seed=5)
     state, _ = checkpoint.load(tmp_path)
     restore(two, state)
-    set_rng_state(state["rng"])
+    set_rng_state(state["rng"][0])
     assert two.iteration == 3
     for _ in range(3):
         step(two)
@@ -105,14 +105,24 @@ def test_random_generators_come_back(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, capture(run))
     drawn = [random.random(), numpy.random.rand(), torch.rand(1).item()]
     seed_rng(8)
-    set_rng_state(checkpoint.load(tmp_path)[0]["rng"])
+    set_rng_state(checkpoint.load(tmp_path)[0]["rng"][0])
     assert drawn == [random.random(), numpy.random.rand(), torch.rand(1).item()]
 
 
-def test_a_change_in_the_number_of_gpus_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    state = rng_state() | {"cuda": [torch.zeros(16, dtype=torch.uint8)] * 99}
-    set_rng_state(state)
-    assert "other random numbers" in caplog.text
+def test_a_gpu_that_has_come_or_gone_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    other = [] if torch.cuda.is_available() else [torch.zeros(16, dtype=torch.uint8)]
+    set_rng_state(rng_state() | {"cuda": other})
+    assert "draws other numbers" in caplog.text
+
+
+def test_processes_of_a_run_draw_other_numbers() -> None:
+    drawn = []
+    for rank in (0, 1, 2, 0):
+        seed_rng(5, rank)
+        drawn.append((random.random(), numpy.random.rand(), torch.rand(1).item()))
+    assert len(set(drawn)) == 3 and drawn[0] == drawn[3]
+    torch.manual_seed(5)
+    assert torch.rand(1).item() == drawn[0][2]
 
 
 def test_the_last_two_are_kept(tmp_path: Path) -> None:
