@@ -33,8 +33,8 @@ FAILED = 1000  # above the number of any signal
 LOST = re.compile(r"closed by peer|reset by peer|broken pipe|connection refused|timed out|remote process exited", re.I)
 
 
-class Elsewhere(RuntimeError):
-    """Another process of this run failed, and this one ends with it."""
+class Elsewhere(OSError):
+    """Another process of this run failed, which tells of it itself, and this one ends with it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +143,7 @@ def connected(device: torch.device | str | None = None) -> Iterator[World]:
         gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=TIMEOUT, **_meeting_place())
     if not dist.is_initialized() or dist.get_world_size() == 1:
         yield ALONE
         return
@@ -155,16 +155,30 @@ def connected(device: torch.device | str | None = None) -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def _meeting_place() -> dict[str, Any]:
+    """Where the processes find each other: as the environment says, with keys of their own for each of their lives.
+
+    torchrun's own store outlives them. Where it is shared with them, those that were started again would find the
+    addresses of the dead. (Several hosts count lives differently: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives them
+    a new store each time.)
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    size = int(os.environ["WORLD_SIZE"])
+    place = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    store = dist.TCPStore(*place, size, is_master=False, timeout=TIMEOUT)
+    life = dist.PrefixStore(f"life {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": life, "rank": int(os.environ["RANK"]), "world_size": size}
+
+
 @contextmanager
 def told_of_loss(rank: int, size: int) -> Iterator[None]:
     """Turn what gloo and NCCL say about a process that is gone into one sentence."""
     try:
         yield
-    except Elsewhere:
-        raise
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or LOST.search(str(error)):
-            reason = str(error).splitlines()[0][:200]
+            reason = re.sub(r"^\[[^]]*\] ", "", str(error).splitlines()[0])[:100]  # without the place in gloo's source
             raise ConnectionError(
                 f"process {rank} of {size} has lost another one, which was killed, failed or hangs; "
                 f"look for its message above ({reason})"

@@ -6,6 +6,7 @@ Chapter 13 (training).
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def start(
         rng = rng_state()
     if settings.compile:
         compile_parts(model)
-    run.replica = model if world.size == 1 else DistributedDataParallel(model, broadcast_buffers=False)
+    run.replica = model if world.size == 1 else replicate(model)
     world.from_first(lambda: write_json(folder / "config.json", to_json(config)))
     return run, rng
 
@@ -75,6 +76,14 @@ def prepare(model: MaskRCNN, settings: TrainConfig, device: torch.device) -> Non
     if settings.channels_last:
         check_channels_last(model, device)
         model.to(memory_format=torch.channels_last)
+
+
+def replicate(model: MaskRCNN) -> DistributedDataParallel:
+    """The model in DDP, which averages gradients. Frozen weights are frozen by now, so it does not wait for theirs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions of PyTorch have another name for the option
+        # Statistics of batch norms are shared where they matter, before a model is measured or left (share_buffers)
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def compile_parts(model: MaskRCNN) -> None:
