@@ -299,52 +299,10 @@ def test_a_failing_disk_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.
     assert checkpoint.load(tmp_path)[0]["iteration"] == 2
 
 
-SAVER = """
-import os, random, signal, sys, time
-import torch
-from pathlib import Path
-from mrcnn_edu.training import checkpoint
-
-torch.set_num_threads(1)
-folder, kills = Path(sys.argv[1]), int(sys.argv[2])
-generator = random.Random(0)
-
-
-def save_as_fast_as_it_goes(pipe):
-    parts = dict.fromkeys(checkpoint.PARTS) | {"format": checkpoint.FORMAT}
-    for iteration in range(1, 100_000):
-        content = {"iteration": iteration, "model": torch.full((500_000,), float(iteration))}
-        checkpoint.save(folder, parts | content)
-        os.write(pipe, f"{iteration} ".encode())
-
-
-for _ in range(kills):
-    for path in folder.iterdir():
-        path.unlink()
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        save_as_fast_as_it_goes(writer)
-    os.close(writer)
-    acknowledged = os.read(reader, 100)  # waits for the first
-    time.sleep(generator.uniform(0, 0.1))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    while more := os.read(reader, 100_000):
-        acknowledged += more
-    state, _ = checkpoint.load(folder)
-    assert state["iteration"] >= int(acknowledged.split()[-1]), (state["iteration"], acknowledged)
-    assert torch.equal(state["model"], torch.full((500_000,), float(state["iteration"])))
-checkpoint.save(folder, {"iteration": 100_001})
-assert not list(folder.glob("*.tmp"))
-"""
-
-
 @pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
 def test_a_kill_loses_no_acknowledged_checkpoint(tmp_path: Path) -> None:
     """kill -9 at ten moments while saving: what was acknowledged, or a later one, loads whole."""
-    (tmp_path / "saver.py").write_text(SAVER)
-    (tmp_path / "run").mkdir()
-    command = [sys.executable, str(tmp_path / "saver.py"), str(tmp_path / "run"), "10"]
+    script = Path(__file__).with_name("kill_runs.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run(command, check=True, env=environment, timeout=120)
+    command = [sys.executable, str(script), "saving", str(tmp_path / "run"), "10"]
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, timeout=120)
