@@ -8,9 +8,12 @@ Nothing here imports PyTorch, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -62,6 +65,10 @@ class Train:
     FOLDER holds train/ and train.json, and for validation val/ and val.json; or train2017/ and
     annotations/instances_train2017.json as COCO does. Anything else is named with --data.train-images and so on.
     Classes and keypoints are those of the annotations.
+
+    On several GPUs: torchrun --standalone --nproc_per_node=8 -m mrcnn_edu train FOLDER ...
+    --train.batch-size changes the batch and nothing else; --batch derives the learning rate, the iterations, the steps
+    and the warm-up from it and says what they become.
     """
 
     folder: Annotated[Positional[Path | None], arg(metavar="FOLDER")] = None  # images and annotations
@@ -71,6 +78,7 @@ class Train:
     ] = None
     config: Path | None = None  # start from this config.json of a run instead of from a preset
     out: Path = Path("runs/train")  # folder of the run
+    batch: int | None = None  # images per iteration over all processes; rate, iterations and steps follow (linear rule)
     resume: Flag = False  # continue from the last checkpoint in --out, with the config.json there
     backbone: Path | None = None  # torchvision's ImageNet weights of the ResNet, a .pth file
     device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
@@ -83,7 +91,8 @@ class Train:
 class Evaluate:
     """Measure the AP of trained weights as COCO does: boxes, masks and keypoints.
 
-    Prints a table and writes metrics.json and results-*.json, which the COCO server reads as well.
+    Prints a table and writes metrics.json and results-*.json, which the COCO server reads as well. The images are
+    shared among processes: torchrun --standalone --nproc_per_node=8 -m mrcnn_edu evaluate FOLDER ...
     """
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")] = Path("data/shapes")  # laid out as for train
@@ -170,7 +179,8 @@ def main(arguments: list[str] | None = None) -> int:
         options = parse(sys.argv[1:] if arguments is None else arguments)
         home = "mrcnn_edu.reproducing" if isinstance(options, Reproduce) else "mrcnn_edu.commands"
         run = getattr(import_module(home), type(options).__name__.lower())
-        run(options)
+        with first_process_speaks():
+            run(options)
     except KeyboardInterrupt:
         print("mrcnn-edu: stopped", file=sys.stderr)
         return 130
@@ -180,9 +190,24 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if os.environ.get("MRCNN_EDU_DEBUG"):
             raise
-        print(f"mrcnn-edu: {sentence(error)}", file=sys.stderr)
+        if type(error).__name__ != "Elsewhere" or is_first():  # else it has been told where it happened
+            print(f"mrcnn-edu: {sentence(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def first_process_speaks() -> Iterator[None]:
+    """Of the processes that torchrun has started only the first prints; an error is told by whoever has it."""
+    with contextlib.ExitStack() as stack:
+        if not is_first():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
+
+
+def is_first() -> bool:
+    """Is this the first, or the only, process of a run?"""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def sentence(error: Exception) -> str:

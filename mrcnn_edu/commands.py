@@ -22,7 +22,7 @@ from mrcnn_edu import demo as demo_run
 from mrcnn_edu import ops
 from mrcnn_edu.augmentation import Augmentation
 from mrcnn_edu.cli import Demo, Evaluate, Predict, Train, read_config
-from mrcnn_edu.config import Config, DataConfig, ModelConfig, for_categories
+from mrcnn_edu.config import Config, DataConfig, ModelConfig, TrainConfig, for_categories
 from mrcnn_edu.data.coco import CategoryMap, CocoDataset, flip_pairs, read_image
 from mrcnn_edu.data.transforms import FlipPairs
 from mrcnn_edu.evaluation.measure import branches, measure
@@ -33,9 +33,11 @@ from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
 from mrcnn_edu.ops import paste_masks
 from mrcnn_edu.structures import Detections
 from mrcnn_edu.training.checkpoint import write_json
+from mrcnn_edu.training.distributed import connected
 from mrcnn_edu.training.export import load_model
 from mrcnn_edu.training.loop import train as train_model
 from mrcnn_edu.training.randomness import seed_rng
+from mrcnn_edu.training.schedule import linear_rule
 from mrcnn_edu.training.setup import choose_device
 from mrcnn_edu.visualize import draw
 from mrcnn_edu.weights import load_imagenet
@@ -55,6 +57,18 @@ def demo(options: Demo) -> None:
 
 def train(options: Train) -> None:
     """Train on COCO-format data and leave a run in ``options.out``."""
+    with connected(options.device) as world:
+        with world.together():
+            config, model, train_data, val_data = prepare(options)
+        summary = train_model(config, model, train_data, val_data, options.out, options.resume, device=options.device)
+    for kind in summary.get("evaluation", {}):
+        if kind in FILES:
+            print(f"{kind} AP {summary['evaluation'][kind]['AP']}")
+    print(f"The run: {options.out}, its weights: {options.out / 'weights.safetensors'}")
+
+
+def prepare(options: Train) -> tuple[Config, MaskRCNN, CocoDataset, CocoDataset | None]:
+    """What the training is made of, as the options say: its configuration, a model and the data."""
     with_keypoints = options.model.keypoint is not None
     data = options.data if options.folder is None else with_folder(options.data, options.folder, with_keypoints)
     if not data.train_images or not data.train_annotations:
@@ -63,15 +77,27 @@ def train(options: Train) -> None:
     val_data = open_dataset(data.val_images, data.val_annotations, data.strict) if data.val_annotations else None
     model_config = for_categories(options.model, train_data.categories)
     say_model(model_config, train_data.categories, with_keypoints)
-    config = Config(model_config, data, options.train)
+    config = Config(model_config, data, with_batch(options.train, options.batch, options.resume))
     seed_rng(config.train.seed)
     model = build_model(config.model)
     start_backbone(model, options.backbone, options.resume)
-    summary = train_model(config, model, train_data, val_data, options.out, options.resume, device=options.device)
-    for kind in summary.get("evaluation", {}):
-        if kind in FILES:
-            print(f"{kind} AP {summary['evaluation'][kind]['AP']}")
-    print(f"The run: {options.out}, its weights: {options.out / 'weights.safetensors'}")
+    return config, model, train_data, val_data
+
+
+def with_batch(config: TrainConfig, batch: int | None, resume: bool) -> TrainConfig:
+    """The training with another number of images per iteration, and what follows from it by the linear rule."""
+    if batch is None:
+        return config
+    if batch < 1 or resume:
+        raise ValueError(
+            "--batch must be at least 1 and belongs to the start of a run: --resume continues its schedule"
+        )
+    scaled = linear_rule(config, batch)
+    names = ("batch_size", "learning_rate", "iterations", "steps", "warmup_iterations")
+    print("By the linear rule:")
+    for name in names:
+        print(f"  {name} {getattr(config, name)} -> {getattr(scaled, name)}")
+    return scaled
 
 
 def with_folder(data: DataConfig, folder: Path, keypoints: bool) -> DataConfig:
@@ -142,8 +168,20 @@ def start_backbone(model: MaskRCNN, weights: Path | None, resume: bool) -> None:
 
 def evaluate(options: Evaluate) -> None:
     """Measure trained weights on COCO-format data."""
-    model, categories, config = open_weights(options.weights, options.min_size, options.max_size)
-    model.to(choose_device(options.device))
+    with connected(options.device) as world:
+        with world.together():
+            model, categories, config = open_weights(options.weights, options.min_size, options.max_size)
+            model.to(choose_device(options.device, world))
+            dataset = evaluated_data(options, model, categories)
+            augmentation = augmentation_of(options, config, dataset.flip_pairs)
+        evaluation, _ = measure(model, dataset, config, options.out, augmentation=augmentation, world=world)
+        world.from_first(lambda: save_json(options.out / "metrics.json", evaluation))
+    print(as_text(evaluation))
+    print(f"Numbers: {options.out / 'metrics.json'}, results: {options.out}/results-*.json")
+
+
+def evaluated_data(options: Evaluate, model: MaskRCNN, categories: CategoryMap) -> CocoDataset:
+    """The data set to measure on; its categories must be those of the weights."""
     if (options.images is None) != (options.annotations is None):
         raise ValueError("--images and --annotations belong together: give both or neither")
     if options.images is None:
@@ -156,11 +194,7 @@ def evaluate(options: Evaluate) -> None:
             f"the weights know {categories.names}, {annotations} has {dataset.categories.names}; "
             "the categories, their ids and their order must be the same"
         )
-    augmentation = augmentation_of(options, config, dataset.flip_pairs)
-    evaluation, _ = measure(model, dataset, config, options.out, augmentation=augmentation)
-    save_json(options.out / "metrics.json", evaluation)
-    print(as_text(evaluation))
-    print(f"Numbers: {options.out / 'metrics.json'}, results: {options.out}/results-*.json")
+    return dataset
 
 
 def augmentation_of(options: Evaluate | Predict, config: DataConfig, pairs: FlipPairs) -> Augmentation | None:

@@ -86,6 +86,8 @@ def predict_dataset(
     progress: bool = False,
     proposals: SavedProposals | None = None,
     augmentation: Augmentation | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> dict[int, Detections]:
     """What the model finds in every image of a data set, by image id, in the images' own pixels, on the CPU.
 
@@ -94,6 +96,7 @@ def predict_dataset(
     progress      show a bar on stderr
     proposals     to use in place of the model's own, ``training.proposals.SavedProposals``
     augmentation  sizes and mirror images to combine, a view at a time, in place of the config's size
+    rank, world   this process among how many; it predicts its own part of the images only
 
     Raises FloatingPointError where weights or outputs are not finite, ValueError for both proposals and augmentation.
     """
@@ -101,13 +104,15 @@ def predict_dataset(
         raise ValueError("saved proposals are of one view; leave out proposals or augmentation")
     check_weights(model)
     found: dict[int, Detections] = {}
-    with tqdm(total=len(dataset), desc="predicting", unit="image", disable=not progress) as bar:
-        if augmentation is not None:
-            for index, image_id in enumerate(dataset.image_ids):
-                found[image_id] = detect_augmented(model, dataset[index][0], f"image {image_id}", augmentation)
-                bar.update(1)
-            return found
-        for batch, _, image_ids in val_loader(dataset, config, batch_size):
+    if augmentation is not None:
+        own = range(rank, len(dataset), world)
+        for index in tqdm(own, desc="predicting", unit="image", disable=not progress):
+            image_id = dataset.image_id(index)
+            found[image_id] = detect_augmented(model, dataset[index][0], f"image {image_id}", augmentation)
+        return found
+    batches = val_loader(dataset, config, batch_size, rank, world)
+    with tqdm(total=batches.images, desc="predicting", unit="image", disable=not progress) as bar:
+        for batch, _, image_ids in batches:
             names = [f"image {image_id}" for image_id in image_ids]
             given = None if proposals is None else proposals.of_batch(batch, image_ids)
             found.update(zip(image_ids, detect(model, batch, names, given)))
