@@ -149,7 +149,7 @@ def test_what_the_rpn_proposes_for_a_data_set(data: CocoDataset) -> None:
         batch = ImageBatch.collate([image])
         live = model.propose(model.rpn(model.backbone(model.normalise(batch)), batch.pixels.shape[-2:]), batch)[0]
     assert torch.allclose(found[data.image_id(0)].boxes, live.boxes, atol=1e-4)
-    more = propose_dataset(model, data, DATA, rank=1, world=2)
+    more = propose_dataset(model, data, DATA, batch_size=1, rank=1, world=2)
     assert list(more) == data.image_ids[1::2]
 
 

@@ -182,7 +182,7 @@ def propose_dataset(
     config       gives the size (``test_size``, ``max_size``) and the number of loader processes
     training     as many per image as training uses (``rpn.post_nms``), not as many as inference
     batch_size   images at a time
-    rank, world  only every ``world``-th image, for this process among how many
+    rank, world  only every ``world``-th batch, for this process among how many
 
     Raises FloatingPointError where the RPN's outputs are not finite.
     """
