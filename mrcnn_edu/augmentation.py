@@ -53,8 +53,7 @@ class Augmentation:
 
 def check_augmentable(model: nn.Module, augmentation: Augmentation) -> None:
     """Raise TypeError or ValueError for a model that cannot be asked twice, or whose joints have no mirror image."""
-    model = model.detector if isinstance(model, Unshared) else model
-    if not isinstance(model, MaskRCNN):
+    if not isinstance(model, MaskRCNN | Unshared):
         raise TypeError(f"test-time augmentation needs a MaskRCNN, got {type(model).__name__}")
     if model.keypoint_head is not None and augmentation.flip and augmentation.flip_pairs is None:
         raise ValueError(

@@ -30,6 +30,7 @@ from mrcnn_edu.evaluation.report import as_text, save_json
 from mrcnn_edu.evaluation.results import FILES, PasteRule, image_results, save_results
 from mrcnn_edu.inference import predict as predict_image
 from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
+from mrcnn_edu.models.unshared import Unshared
 from mrcnn_edu.ops import paste_masks
 from mrcnn_edu.structures import Detections
 from mrcnn_edu.training.checkpoint import write_json
@@ -39,6 +40,7 @@ from mrcnn_edu.training.loop import train as train_model
 from mrcnn_edu.training.randomness import seed_rng
 from mrcnn_edu.training.schedule import linear_rule
 from mrcnn_edu.training.setup import choose_device
+from mrcnn_edu.training.stages import last_stage, load_stages
 from mrcnn_edu.visualize import draw
 from mrcnn_edu.weights import load_imagenet
 
@@ -210,11 +212,17 @@ def augmentation_of(options: Evaluate | Predict, config: DataConfig, pairs: Flip
     return Augmentation(sizes, max(longest, *sizes), options.mirror, pairs, options.vote)
 
 
-def open_weights(path: Path, min_size: int | None, max_size: int | None) -> tuple[MaskRCNN, CategoryMap, DataConfig]:
-    """A trained model, its categories, and the size at which it should see images."""
-    path = path / "weights.safetensors" if path.is_dir() else path
-    model, categories = load_model(path)
-    beside = path.with_name("config.json")
+def open_weights(
+    path: Path, min_size: int | None, max_size: int | None
+) -> tuple[MaskRCNN | Unshared, CategoryMap, DataConfig]:
+    """A trained model, its categories, and the size at which it should see images; stages end in one model or two."""
+    if (path / "stages.json").exists():
+        model, categories = load_stages(path)
+        beside = path / last_stage(path) / "config.json"
+    else:
+        path = path / "weights.safetensors" if path.is_dir() else path
+        model, categories = load_model(path)
+        beside = path.with_name("config.json")
     data = read_config(beside).data if beside.exists() else DataConfig()
     data = replace(data, max_size=max_size or max(data.max_size, min_size or 0), min_size=(1,))
     return model, categories, replace(data, test_size=min_size or data.test_size)

@@ -108,10 +108,9 @@ def run(experiment: Experiment, setting: Setting, seed: int) -> dict[str, Any]:
     model.to(choose_device(setting.device))
     looking = time.perf_counter()
     views = augmentation(setting.scale, data.val) if experiment.augmented else None
-    detector = model.detector if isinstance(model, Unshared) else model
     predictions = predict_dataset(model, data.val, config.data, progress=setting.progress, augmentation=views)
     predicting = time.perf_counter() - looking
-    kinds = [kind for kind in branches(detector) if kind != "keypoint" or data.val.joints]
+    kinds = [kind for kind in branches(model) if kind != "keypoint" or data.val.joints]
     area = TOY_AREA if setting.scale == "toy" else 1.0
     evaluation = coco.evaluate(data.val, predictions, kinds, area, paste=config.model.conventions.paste)
     result = {
@@ -129,7 +128,7 @@ def run(experiment: Experiment, setting: Setting, seed: int) -> dict[str, Any]:
             "total": time.perf_counter() - began,
         },
         "evaluation": evaluation.to_json(),
-        "inside": measure_inside(detector, data.val, config.data),
+        "inside": measure_inside(model.detector if isinstance(model, Unshared) else model, data.val, config.data),
         "paper": experiment.paper,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -225,6 +225,22 @@ def test_procedures_that_cannot_be_run(stages, message: str) -> None:
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         load_stages(tmp_path)
+    for text in ("{}", "nonsense", '{"stages": [{"nme": "rpn"}]}'):
+        (tmp_path / "stages.json").write_text(text)
+        with pytest.raises(ValueError, match="describes no stages of training"):
+            load_stages(tmp_path)
+
+
+def test_both_networks_are_evaluated_from_the_command_line(data, tmp_path: Path, capsys) -> None:
+    from mrcnn_edu import cli
+
+    out = tmp_path / "run"
+    train_stages(STAGEWISE, SHORT, tiny_model(), data[0], None, out, **QUIET)
+    folder = data[1].images_dir.parent
+    arguments = ["evaluate", str(folder), "--weights", str(out), "--out", str(tmp_path / "results"), "--device", "cpu"]
+    assert cli.main(arguments) == 0, capsys.readouterr().err
+    assert cli.main([*arguments, "--scales", "56", "64", "--mirror"]) == 0, capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "results").iterdir()} >= {"metrics.json", "results-segm.json"}
 
 
 def test_another_model_cannot_continue(data, four_steps: Path) -> None:

@@ -7,19 +7,43 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from mrcnn_edu.config import ModelConfig
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
 from mrcnn_edu.structures import Detections, ImageBatch, Proposals
 
 
 class Unshared(nn.Module):
-    """Two networks that share nothing: the first proposes, the second detects; called as a ``MaskRCNN`` is."""
+    """Two networks that share nothing: the first proposes, the second detects.
+
+    It is called as a ``MaskRCNN`` is, to detect, and has that one's ``config`` and heads.
+    """
 
     def __init__(self, proposer: MaskRCNN, detector: MaskRCNN) -> None:
         super().__init__()
         self.proposer, self.detector = proposer, detector
 
-    def forward(self, batch: ImageBatch) -> list[Detections]:
-        return self.detector(batch, proposals=look(self.proposer, batch)[1])
+    def forward(self, batch: ImageBatch, boxes_only: bool = False) -> list[Detections]:
+        return self.detector(batch, proposals=look(self.proposer, batch)[1], boxes_only=boxes_only)
+
+    @property
+    def config(self) -> ModelConfig:
+        """That of the second network."""
+        return self.detector.config
+
+    @property
+    def box_head(self) -> nn.Module:
+        """That of the second network."""
+        return self.detector.box_head
+
+    @property
+    def mask_head(self) -> nn.Module | None:
+        """That of the second network."""
+        return self.detector.mask_head
+
+    @property
+    def keypoint_head(self) -> nn.Module | None:
+        """That of the second network."""
+        return self.detector.keypoint_head
 
 
 def look(model: MaskRCNN, batch: ImageBatch) -> tuple[dict[str, Tensor], list[Proposals]]:

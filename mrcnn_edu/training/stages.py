@@ -129,14 +129,28 @@ def load_stages(out: Path | str) -> tuple[MaskRCNN | Unshared, CategoryMap]:
     for files that cannot be read, ValueError for what is no such folder.
     """
     out = Path(out)
-    described = json.loads((out / "stages.json").read_text())
-    stages = tuple(Stage(**{**one, "train": tuple(one["train"])}) for one in described["stages"])
-    check_stages(stages)
+    stages = read_stages(out)
     detector, categories = load_model(out / stages[-1].name / "weights.safetensors")
     proposing = proposer(stages)
     if proposing is None:
         return detector, categories
     return Unshared(load_model(out / proposing / "weights.safetensors")[0], detector).eval(), categories
+
+
+def read_stages(out: Path) -> tuple[Stage, ...]:
+    """The procedure by which a folder was trained. Raises OSError or ValueError for what is no such folder."""
+    try:
+        described = json.loads((out / "stages.json").read_text())["stages"]
+        stages = tuple(Stage(**{**one, "train": tuple(one["train"])}) for one in described)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{out / 'stages.json'} describes no stages of training: {error}") from error
+    check_stages(stages)
+    return stages
+
+
+def last_stage(out: Path) -> str:
+    """The name of a procedure's last stage, which is that of its folder in ``out``."""
+    return read_stages(out)[-1].name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
