@@ -26,7 +26,7 @@ def draw_curves(metrics: Metrics, names: Sequence[str] | None = None) -> Figure:
     names  of the classes shown on the right; None: all, or the first twelve
     """
     figure = Picture(9.0, 3.6)
-    left, right = (figure.add_axes((x, 0.15, 0.3, 0.75)) for x in (0.07, 0.46))
+    left, right = (figure.add_axes((x, 0.15, 0.28, 0.75)) for x in (0.07, 0.52))
     measured = metrics.precision[0].max(axis=0) > -1
     for threshold, colour in zip((0.5, 0.6, 0.7, 0.8, 0.9), palette(5)):
         curves = metrics.precision[round((threshold - 0.5) / 0.05)][:, measured]
