@@ -11,7 +11,9 @@ from pathlib import Path
 
 from mrcnn_edu.augmentation import Augmentation
 from mrcnn_edu.config import DataConfig
+from mrcnn_edu.data.cityscapes import CityscapesDataset
 from mrcnn_edu.data.coco import CocoDataset
+from mrcnn_edu.evaluation import cityscapes
 from mrcnn_edu.evaluation.coco import Evaluation, evaluate_results
 from mrcnn_edu.evaluation.results import FILES, Kind, Result, merge_results, save_results, to_coco_results
 from mrcnn_edu.inference import predict_dataset
@@ -91,10 +93,12 @@ def count(
     area_scale: float = 1.0,
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Evaluation:
-    """The AP and AR of results that process 0 has, on every process."""
+    """The AP and AR of results that process 0 has, on every process, by the rules of the data set."""
 
     def work() -> Evaluation:
         with interruptible():
+            if isinstance(dataset, CityscapesDataset):
+                return cityscapes.evaluate_results(dataset, results["mask"])
             return evaluate_results(dataset, results, area_scale)
 
     return world.from_first(work)
