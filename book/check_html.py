@@ -76,7 +76,8 @@ LOOK = r"""
     if (alpha === 1) return [r, g, b];
     return ground(element.parentElement).map((below, i) => alpha * [r, g, b][i] + (1 - alpha) * below);
   };
-  for (const text of document.querySelectorAll("article p, article li, article td, article pre, figcaption, .frames-knobs label")) {
+  const texts = "article p, article li, article td, article pre, figcaption, .frames-knobs label";
+  for (const text of document.querySelectorAll(texts)) {
     const [a, b] = [light(rgba(getComputedStyle(text).color).slice(0, 3)), light(ground(text))].sort((x, y) => x - y);
     if ((b + 0.05) / (a + 0.05) < 4.5) found.push("hard to read: " + text.textContent.trim().slice(0, 60));
   }
