@@ -26,9 +26,9 @@ FLIP_PAIRS = ((3, 4), (5, 6))  # joints that change places in a mirror, counted 
 
 # How hard the scenes are to learn from. Random colours on both sides of an edge teach nothing until a network has found
 # out that only the edge matters; gentle values bring that moment into the first minute of training on two cores.
-TILT = 0.4  # radians a shape leans at most to either side
-CONTRAST = 0.25  # of the full range, by which at least one channel of a shape differs from what it is painted on
-TEXTURE = 0.35  # how far a texture's second colour goes from the first towards another random one
+TILT = 0.25  # radians a shape leans at most to either side
+CONTRAST = 0.4  # of the full range, by which at least one channel of a shape differs from what it is painted on
+TEXTURE = 0.2  # how far a texture's second colour goes from the first towards another random one
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ CATEGORY_IDS = (3, 7, 12, 18, 25, 31)  # of the classes in a written file; as in
 HALF_SIZE = (0.04, 0.34)  # of the image's shorter side, log-uniform
 NOISE = (0.005, 0.03)  # standard deviation of the pixels' noise, of the full range
 MOST_HIDDEN = 0.6  # a later shape may hide this share of an earlier one
-VERSION = 2  # of the drawings: raise it when the same seed gives another image, so that old folders are rewritten
+VERSION = 3  # of the drawings: raise it when the same seed gives another image, so that old folders are rewritten
 SPLITS = ("train", "val")
 EMPTY, CROWDED = 0.03, 0.07  # shares of images without any instance, and with a crowd region
 
