@@ -63,8 +63,8 @@ class Train:
     """Train on your own images with COCO-format annotations.
 
     FOLDER holds train/ and train.json, and for validation val/ and val.json; or train2017/ and
-    annotations/instances_train2017.json as COCO does. Anything else is named with --data.train-images and so on.
-    Classes and keypoints are those of the annotations.
+    annotations/instances_train2017.json as COCO does (2014 as well); or leftImg8bit/ and gtFine/ as Cityscapes does.
+    Anything else is named with --data.train-images and so on. Classes and keypoints are those of the annotations.
 
     On several GPUs: torchrun --standalone --nproc_per_node=8 -m mrcnn_edu train FOLDER ...
     --train.batch-size changes the batch and nothing else; --batch derives the learning rate, the iterations, the steps
@@ -80,7 +80,7 @@ class Train:
     out: Path = Path("runs/train")  # folder of the run
     batch: int | None = None  # images per iteration over all processes; rate, iterations and steps follow (linear rule)
     resume: Flag = False  # continue from the last checkpoint in --out, with the config.json there
-    backbone: Path | None = None  # torchvision's ImageNet weights of the ResNet, a .pth file
+    backbone: Path | None = None  # torchvision's ImageNet weights of the ResNet: a .pth file, or torchvision:resnet50
     device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -93,14 +93,18 @@ class Evaluate:
 
     Prints a table and writes metrics.json and results-*.json, which the COCO server reads as well. The images are
     shared among processes: torchrun --standalone --nproc_per_node=8 -m mrcnn_edu evaluate FOLDER ...
+
+    Published weights are torchvision:NAME, or torchvision:NAME:FILE where there is no network: maskrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn_v2, fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2, keypointrcnn_resnet50_fpn.
     """
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")] = Path("data/shapes")  # laid out as for train
-    split: str = "val"  # which images of the folder
+    split: str = "val"  # which images of the folder; of COCO also minival, val2014, test-dev, ...
     images: Path | None = None  # the folder of images, where FOLDER is laid out in another way ...
     annotations: Path | None = None  # ... and their COCO-format file
-    weights: Path = DEMO_WEIGHTS  # weights.safetensors of a run, or the run's folder
+    weights: Path = DEMO_WEIGHTS  # of a run: weights.safetensors or its folder; or torchvision:maskrcnn_resnet50_fpn
     out: Path = Path("runs/evaluate")  # folder for the results
+    figures: Flag = False  # draw precision over recall, the confusion of classes and the kinds of mistakes
     min_size: int | None = None  # px, shorter side the network sees; None: as in the run's config.json, else 800
     max_size: int | None = None  # px, longer side; None: as in the run's config.json, else 1333 (with --scales 2000)
     scales: tuple[int, ...] = ()  # px; combine what is found at several shorter sides, 400 500 ... 1200 in the paper
@@ -121,7 +125,7 @@ class Predict:
         Positional[tuple[str, ...]],
         arg(metavar="PICTURE ...", help_behavior_hint="", help='files, folders or patterns such as "photos/*.jpg"'),
     ]
-    weights: Path = DEMO_WEIGHTS  # weights.safetensors of a run, or the run's folder
+    weights: Path = DEMO_WEIGHTS  # of a run: weights.safetensors or its folder; or torchvision:maskrcnn_resnet50_fpn
     out: Path = Path("runs/predict")  # folder for the results
     score: float = 0.5  # draw, and write masks of, detections of at least this score; results-*.json has all
     overlays: bool = True  # write overlays/<picture>.png with what was found
@@ -223,6 +227,9 @@ def parse(arguments: list[str]) -> Demo | Train | Evaluate | Predict | Reproduce
         about = arguments or ["--help"]
         return subcommand_cli_from_dict(COMMANDS, prog="mrcnn-edu", description=DESCRIPTION, args=about)
     name, rest = arguments[0], arguments[1:]
+    if name in ("train", "evaluate") and "--data" in rest[:-1]:  # the same as FOLDER
+        place = rest.index("--data")
+        rest = [rest[place + 1], *rest[:place], *rest[place + 2 :]]
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(nested_sizes)
     return tyro.cli(

@@ -208,6 +208,7 @@ class RPNConfig:
 
     anchor_sizes: tuple[tuple[float, ...], ...] = ((32,), (64,), (128,), (256,), (512,))  # px, sqrt(area), per level
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
+    convs: int = 1  # 3x3 convs before the two outputs
     positive_iou: float = 0.7  # anchors at or above are positives, as is each box's best anchor
     negative_iou: float = 0.3  # anchors below are negatives
     batch_per_image: int = 256  # anchors drawn per image for the loss
@@ -230,6 +231,7 @@ class RPNConfig:
             "negative_iou",
             "0 <= negative_iou <= positive_iou <= 1",
         )
+        _require(self.convs >= 1, self, "convs", "at least 1")
         _require(self.batch_per_image >= 1, self, "batch_per_image", "at least 1")
         _require(0 <= self.positive_fraction <= 1, self, "positive_fraction", "0 to 1")
         _require(min(self.pre_nms) >= 1, self, "pre_nms", "two counts of at least 1")
@@ -263,6 +265,7 @@ class BoxHeadConfig:
     pooled_size: int = 7
     layer: RoILayer = "roi_align"
     mode: RoIMode = "mean"  # over the samples of a bin; roi_pool always takes the max
+    convs: tuple[int, ...] = ()  # widths of 3x3 convs before them; the paper has none
     fc: tuple[int, ...] = (1024, 1024)  # widths of the hidden fully connected layers; () on C4
     res5_stride: Literal[1, 2] = 1  # on C4: 1 for rois of 7 x 7 (Figure 4, left), 2 for 14 x 14 (all released code)
     delta_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)  # of the box coder
@@ -278,6 +281,7 @@ class BoxHeadConfig:
         _require(0 <= self.hardest_nms <= 1, self, "hardest_nms", "0 to 1")
         _require(self.pooled_size >= 1, self, "pooled_size", "at least 1")
         _require(all(w >= 1 for w in self.fc), self, "fc", "positive widths")
+        _require(all(w >= 1 for w in self.convs), self, "convs", "positive widths")
         _require(all(w > 0 for w in self.delta_weights), self, "delta_weights", "four positive numbers")
         _require(0 <= self.score_threshold <= 1, self, "score_threshold", "0 to 1")
         _require(0 <= self.nms_threshold <= 1, self, "nms_threshold", "0 to 1")

@@ -52,6 +52,24 @@ DETECTOR: Table = [
     (r"^keypoint_head\.deconv\.", r"roi_heads.keypoint_predictor.kps_score_lowres."),
 ]
 
+# torchvision's second version: a norm after each conv of the pyramid and the heads, and more of these convs.
+DETECTOR_V2: Table = [
+    *(
+        (rf"^backbone\.fpn\.{ours}\.p{k}\.", rf"backbone.fpn.{theirs}.{k - 2}.")
+        for ours, theirs in (("lateral", "inner_blocks"), ("output", "layer_blocks"))
+        for k in range(2, 6)
+    ),
+    *((rf"^rpn\.conv\.{2 * i}\.", rf"rpn.head.conv.{i}.0.") for i in range(2)),
+    *(
+        (rf"^{head}\.convs\.{3 * i + part}\.", rf"roi_heads.{head}.{i}.{part}.")
+        for head in ("box_head", "mask_head")
+        for i in range(4)
+        for part in range(2)
+    ),
+    (r"^box_head\.hidden\.1\.", r"roi_heads.box_head.5."),
+    *DETECTOR,
+]
+
 # The files of torchvision's first COCO weights have older names than its code.
 OLD_TORCHVISION: Table = [
     (r"(inner_blocks|layer_blocks)\.(\d)\.(weight|bias)$", r"\1.\2.0.\3"),
@@ -135,20 +153,20 @@ def load_torchvision(model: MaskRCNN, state: dict[str, Tensor]) -> None:
     Build the model with the "torchvision" conventions and as many classes as the file has, without its background: 90
     for COCO. Raises ValueError naming keys that are missing, left over or of another shape, and then changes nothing.
     """
-    state = {_rename(key, OLD_TORCHVISION): value for key, value in state.items()}
+    state, table = {_rename(key, OLD_TORCHVISION): value for key, value in state.items()}, _torchvision_table(model)
     loaded = {}
-    for ours, theirs in _names(model, DETECTOR):
+    for ours, theirs in _names(model, table):
         if theirs in state:
             rows = _background_rows(ours)
             loaded[ours] = state[theirs][rows:] if rows else state[theirs]
-    _load(model, loaded, state, DETECTOR, left_out=())
+    _load(model, loaded, state, table, left_out=())
 
 
 def to_torchvision(model: MaskRCNN) -> dict[str, Tensor]:
     """The model's weights under torchvision's names, with zeros for the background's deltas and mask."""
     own = model.state_dict()
     state = {}
-    for ours, theirs in _names(model, DETECTOR):
+    for ours, theirs in _names(model, _torchvision_table(model)):
         value, rows = own[ours], _background_rows(ours)
         state[theirs] = (
             torch.cat([torch.zeros_like(value[:1]).expand(rows, *value.shape[1:]), value]) if rows else value
@@ -206,6 +224,10 @@ def load_detectron(model: MaskRCNN, blobs: dict[str, Tensor]) -> None:
         if name in loaded:
             loaded[name] = _sizes_first(loaded[name], sizes, len(model.config.rpn.anchor_ratios))
     _load(model, loaded, blobs, table, left_out=[key for key in blobs if DETECTRON_EXTRAS.fullmatch(key)])
+
+
+def _torchvision_table(model: MaskRCNN) -> Table:
+    return DETECTOR_V2 if model.config.head_norm == "batch" else DETECTOR
 
 
 def load_imagenet(resnet: ResNet, state: dict[str, Tensor], res5: Res5 | None = None) -> None:

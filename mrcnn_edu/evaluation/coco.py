@@ -184,7 +184,7 @@ def ground_truth(dataset: CocoDataset, masks: bool = True) -> list[dict[str, Any
     """
     table, file = dataset.annotations, dataset.annotations_file
     entries: dict[int, dict[str, Any]] = {}
-    for entry in read_json(file, Faults(str(file), strict=False))["annotations"]:
+    for entry in read_json(file, Faults(str(file), strict=False)).get("annotations", []):
         if isinstance(entry, dict) and type(entry.get("id")) is int:
             entries.setdefault(entry["id"], entry)
     truth = []

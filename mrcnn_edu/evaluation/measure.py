@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+
+from torch import Tensor
 
 from mrcnn_edu.augmentation import Augmentation
 from mrcnn_edu.config import DataConfig
@@ -31,6 +34,7 @@ def measure(
     area_scale: float = 1.0,
     progress: bool = True,
     augmentation: Augmentation | None = None,
+    labels: Tensor | None = None,
     world: World = ALONE,
 ) -> tuple[Evaluation, dict[int, Detections]]:
     """COCO's AP and AR of a model on a data set, and the predictions behind them by image id.
@@ -39,9 +43,12 @@ def measure(
     out           folder that gets results-bbox.json and, where there are such branches, results-segm.json and so on
     area_scale    of the sides that divide small, medium and large instances, see ``coco.evaluate``
     augmentation  sizes and mirror images to combine, in place of the config's size
+    labels        [K + 1], what the model's labels are in the data set; those that are 0 in it are dropped
     world         the processes that share the images; each gets the same numbers, and its own predictions
     """
-    results, predictions = predict_all(model, dataset, config, world, progress, augmentation=augmentation)
+    results, predictions = predict_all(
+        model, dataset, config, world, progress, augmentation=augmentation, labels=labels
+    )
 
     def write() -> None:
         out.mkdir(parents=True, exist_ok=True)
@@ -61,6 +68,7 @@ def predict_all(
     interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
     proposals: SavedProposals | None = None,
     augmentation: Augmentation | None = None,
+    labels: Tensor | None = None,
 ) -> tuple[dict[Kind, list[Result]], dict[int, Detections]]:
     """What a model finds in a data set: results by kind on process 0, none on the others; and the own predictions.
 
@@ -80,10 +88,18 @@ def predict_all(
             rank=world.rank,
             world=world.size,
         )
+        if labels is not None:
+            predictions = {image_id: relabelled(found, labels) for image_id, found in predictions.items()}
         own = {kind: to_coco_results(dataset, predictions, kind, paste) for kind in kinds}
     parts = world.to_first(own)
     results = {kind: merge_results([part[kind] for part in parts], dataset.image_ids) for kind in kinds if parts}
     return results, predictions
+
+
+def relabelled(found: Detections, labels: Tensor) -> Detections:
+    """The detections with label k as ``labels[k]``, without those for which that is 0."""
+    new = labels[found.labels]
+    return replace(found, labels=new)[new > 0]
 
 
 def count(

@@ -335,7 +335,8 @@ def build_model(model: str | ModelConfig = "maskrcnn_resnet50_fpn", conventions:
         return FrozenBatchNorm(channels, rules.frozen_norm_eps) if body.norm == "frozen" else nn.BatchNorm2d(channels)
 
     conv_norm = nn.BatchNorm2d if config.head_norm == "batch" else None
-    fc_norm = nn.LayerNorm if config.head_norm == "batch" else None  # a step may have a single roi, which is no batch
+    # A step may have a single roi, which is no batch; behind convs with a norm the layers need none
+    fc_norm = nn.LayerNorm if config.head_norm == "batch" and not config.box.convs else None
 
     backbone = build_backbone(body, norm, conv_norm, rules.stride_in)
     rpn = RPN(
@@ -345,6 +346,7 @@ def build_model(model: str | ModelConfig = "maskrcnn_resnet50_fpn", conventions:
         config.rpn.anchor_ratios,
         rules.anchor_rounding,
         exact_stride=rules.anchor_stride == "level",
+        convs=config.rpn.convs,
     )
 
     def roi_features(branch: BoxHeadConfig | MaskHeadConfig | KeypointHeadConfig) -> RoIFeatures:
@@ -358,7 +360,9 @@ def build_model(model: str | ModelConfig = "maskrcnn_resnet50_fpn", conventions:
     heads: dict[str, nn.Module | None] = {
         "res5": res5,
         "box_features": roi_features(box),
-        "box_head": BoxHead(channels, box.pooled_size, box.fc, config.classes, fc_norm, average=res5 is not None),
+        "box_head": BoxHead(
+            channels, box.pooled_size, box.fc, config.classes, fc_norm, res5 is not None, box.convs, conv_norm
+        ),
     }
     if mask is not None:
         side = mask.pooled_size if res5 is None else res5.side(mask.pooled_size)
