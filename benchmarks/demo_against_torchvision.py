@@ -124,7 +124,9 @@ class Torchvision(nn.Module):
         heads = self.detector.roi_heads
         heads.keypoint_roi_pool = align(keypoint.pooled_size)
         heads.keypoint_head = KeypointRCNNHeads(channels, keypoint.convs)
-        heads.keypoint_predictor = nn.Sequential(KeypointRCNNPredictor(keypoint.convs[-1], keypoint.joints), Contiguous())
+        heads.keypoint_predictor = nn.Sequential(
+            KeypointRCNNPredictor(keypoint.convs[-1], keypoint.joints), Contiguous()
+        )
         # Images come resized, and masks stay inside their boxes: the pasting belongs to the evaluation, for both alike.
         self.detector.transform.resize = lambda image, target: (image, target)
         self.detector.transform.postprocess = lambda found, sizes, original_sizes: found
