@@ -23,16 +23,17 @@ from mrcnn_edu.augmentation import Augmentation
 from mrcnn_edu.config import Config
 from mrcnn_edu.data.coco import Category, CategoryMap, CocoDataset
 from mrcnn_edu.data.parts import Subset, Union
-from mrcnn_edu.evaluation import coco
 from mrcnn_edu.evaluation.inside import measure_inside
-from mrcnn_edu.evaluation.measure import branches
+from mrcnn_edu.evaluation.measure import count, predict_all
 from mrcnn_edu.experiments import EXPERIMENTS, trained_as
 from mrcnn_edu.inference import predict_dataset
 from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
 from mrcnn_edu.models.unshared import Unshared
 from mrcnn_edu.recipes import TOY_SIDE, Experiment, Scale
+from mrcnn_edu.structures import Detections
 from mrcnn_edu.training.checkpoint import write_json
-from mrcnn_edu.training.distillation import distil
+from mrcnn_edu.training.distillation import distil, with_distilled
+from mrcnn_edu.training.distributed import ALONE, World
 from mrcnn_edu.training.randomness import seed_rng
 from mrcnn_edu.training.setup import choose_device
 from mrcnn_edu.training.stages import PROCEDURES, load_stages, train_stages
@@ -62,6 +63,7 @@ class Setting:
     device      "cpu", "cuda", ...; None: the GPU if there is one
     command     what was typed, for the result
     progress    show bars and lines
+    world       the processes that share the work
     """
 
     scale: Scale
@@ -72,6 +74,7 @@ class Setting:
     device: str | None = None
     command: str = ""
     progress: bool = True
+    world: World = ALONE
 
     def name(self, seed: int) -> str:
         """What a run of one seed is called."""
@@ -99,20 +102,21 @@ def run(experiment: Experiment, setting: Setting, seed: int) -> dict[str, Any]:
 
     Raises ValueError for a row that quotes another system, and whatever training raises.
     """
-    path = result_file(experiment, setting, seed)
-    if path.exists():
-        return json.loads(path.read_text())
+    path, world = result_file(experiment, setting, seed), setting.world
+    there = world.from_first(lambda: json.loads(path.read_text()) if path.exists() else None)
+    if there is not None:
+        return there
     began = time.perf_counter()
     config, data = setting.config(experiment, seed), setting.data(experiment)
     model, summary = trained(experiment, setting, seed)
-    model.to(choose_device(setting.device))
+    model.to(choose_device(setting.device, world))
     looking = time.perf_counter()
     views = augmentation(setting.scale, data.val) if experiment.augmented else None
-    predictions = predict_dataset(model, data.val, config.data, progress=setting.progress, augmentation=views)
+    found, _ = predict_all(model, data.val, config.data, world, setting.progress, augmentation=views)
     predicting = time.perf_counter() - looking
-    kinds = [kind for kind in branches(model) if kind != "keypoint" or data.val.joints]
-    area = TOY_AREA if setting.scale == "toy" else 1.0
-    evaluation = coco.evaluate(data.val, predictions, kinds, area, paste=config.model.conventions.paste)
+    evaluation = count(data.val, found, world, TOY_AREA if setting.scale == "toy" else 1.0)
+    detector = model.detector if isinstance(model, Unshared) else model
+    inside = world.from_first(lambda: measure_inside(detector, data.val, config.data))
     result = {
         "experiment": experiment.name,
         "scale": setting.scale,
@@ -128,12 +132,16 @@ def run(experiment: Experiment, setting: Setting, seed: int) -> dict[str, Any]:
             "total": time.perf_counter() - began,
         },
         "evaluation": evaluation.to_json(),
-        "inside": measure_inside(model.detector if isinstance(model, Unshared) else model, data.val, config.data),
+        "inside": inside,
         "paper": experiment.paper,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
-    return result
+
+    def write() -> dict[str, Any]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+        return result
+
+    return world.from_first(write)
 
 
 def trained(experiment: Experiment, setting: Setting, seed: int) -> tuple[MaskRCNN | Unshared, dict[str, Any]]:
@@ -143,25 +151,26 @@ def trained(experiment: Experiment, setting: Setting, seed: int) -> tuple[MaskRC
     """
     source = trained_as(experiment, setting.scale)
     folder = setting.out / setting.scale / source.name / setting.name(seed)
-    done, config = folder / "trained.json", setting.config(source, seed)
-    if not done.exists():
+    done, config, world = folder / "trained.json", setting.config(source, seed), setting.world
+    sums = world.from_first(lambda: json.loads(done.read_text()) if done.exists() else None)
+    if sums is None:
         seed_rng(seed)
         model, data = build_model(config.model), setting.data(source)
         if setting.backbone is not None and source.start is None:
             setting.backbone(model)
         prepare_start(model, source, setting, data, seed)
         images = training_images(source, setting, data, seed, folder)
-        resume = (folder / "stages.json").exists()
+        resume = world.from_first((folder / "stages.json").exists)
         stages = PROCEDURES[source.procedure_at(setting.scale)]
         options = {"resume": resume, "progress": setting.progress, "device": setting.device}
         summaries = train_stages(stages, config, model, images, None, folder, **options).values()
         sums = {key: sum(summary[key] for summary in summaries) for key in ("iterations", "seconds")}
-        write_json(done, sums)
+        world.from_first(lambda: write_json(done, sums))
     model, _ = load_stages(folder)
     rules = experiment.at(setting.scale).model
     detector = model.detector if isinstance(model, Unshared) else model
     detector.config = rules
-    return model, json.loads(done.read_text())
+    return model, sums
 
 
 def prepare_start(model: MaskRCNN, experiment: Experiment, setting: Setting, data: Datasets, seed: int) -> None:
@@ -193,16 +202,41 @@ def training_images(
         return data.train
     if data.unlabelled is None:
         raise ValueError(f"{experiment.name} needs unlabelled images; name their COCO-format file with --unlabelled")
-    path = folder / "distilled.json"
-    if path.exists():
-        return Union(data.train, CocoDataset(data.unlabelled.images_dir, path, keypoints=data.train.joints > 0))
+    path, world = folder / "distilled.json", setting.world
+    if world.from_first(path.exists):
+        return with_distilled(data.train, data.unlabelled, path)
     teacher, _ = trained(EXPERIMENTS[experiment.distil], setting, seed)
-    teacher.to(choose_device(setting.device))
+    teacher.to(choose_device(setting.device, world))
     views = augmentation(setting.scale, data.val)
     config = setting.config(experiment, seed)
-    predictions = predict_dataset(teacher, data.unlabelled, config.data, progress=setting.progress, augmentation=views)
-    folder.mkdir(parents=True, exist_ok=True)
-    return distil(predictions, data.train, data.unlabelled, path, config.model.conventions.paste)
+    predictions = predict_part(teacher, data.unlabelled, config, setting, views)
+    own = world.to_first(predictions)
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        everything = {image_id: found for part in own for image_id, found in part.items()}
+        in_order = {image_id: everything[image_id] for image_id in data.unlabelled.image_ids}
+        distil(in_order, data.train, data.unlabelled, path, config.model.conventions.paste)
+
+    world.from_first(write)
+    return with_distilled(data.train, data.unlabelled, path)
+
+
+def predict_part(
+    model: MaskRCNN | Unshared, data: CocoDataset | Subset, config: Config, setting: Setting, views: Augmentation
+) -> dict[int, Detections]:
+    """What a model sees in this process's share of some images."""
+    world = setting.world
+    with world.together(patiently=True):
+        return predict_dataset(
+            model,
+            data,
+            config.data,
+            progress=setting.progress and world.rank == 0,
+            augmentation=views,
+            rank=world.rank,
+            world=world.size,
+        )
 
 
 def augmentation(scale: Scale, data: CocoDataset) -> Augmentation:

@@ -22,6 +22,7 @@ from mrcnn_edu.experiments import ROWS, TABLES, find
 from mrcnn_edu.planning import plan
 from mrcnn_edu.recipes import TOY_SIDE, Experiment
 from mrcnn_edu.reproduce import Datasets, Setting, run
+from mrcnn_edu.training.distributed import World, connected
 
 TOY_DATA = Path(f"data/shapes-{TOY_SIDE}")
 TOY_VAL = 20  # one image to measure on for so many to train on
@@ -40,14 +41,15 @@ def reproduce(options: Reproduce) -> None:
             where = str(options.data or "DATA")
             print(f"{row.name}: {row.note}" if row.config is None else plan(row, options.gpus, options.gpu, where))
         return
-    setting = setting_of(options)
-    if not options.table:
-        for row in rows:
+    with connected(options.device) as world:
+        setting = setting_of(options, world)
+        for row in [] if options.table else rows:
             for seed in range(options.seeds if row.config is not None else 0):
                 print(f"{row.name}, seed {seed}")
                 run(row, setting, seed)
-    for table in dict.fromkeys(row.table for row in rows):
-        show([row for row in rows if row.table == table], setting)
+        for table in dict.fromkeys(row.table for row in rows):
+            chosen = [row for row in rows if row.table == table]
+            world.from_first(lambda: show(chosen, setting))  # noqa: B023, called at once
 
 
 def listing() -> str:
@@ -64,9 +66,12 @@ def listing() -> str:
     return "\n".join(lines)
 
 
-def setting_of(options: Reproduce) -> Setting:
+def setting_of(options: Reproduce, world: World) -> Setting:
     """Where the data, the weights and the results of the runs are."""
-    open_data = toy_data if options.scale == "toy" else full_data
+
+    def data(row: Experiment) -> Datasets:
+        return toy_data(row, options, world) if options.scale == "toy" else full_data(row, options)
+
     command = shlex.join(["mrcnn-edu", *sys.argv[1:]])
     backbone = None
     if options.scale == "coco":
@@ -77,17 +82,19 @@ def setting_of(options: Reproduce) -> Setting:
     return Setting(
         options.scale,
         options.out,
-        lambda row: open_data(row, options),
+        data,
         backbone,
         options.iterations,
         options.device,
         command,
+        world=world,
     )
 
 
-def toy_data(row: Experiment, options: Reproduce) -> Datasets:
+def toy_data(row: Experiment, options: Reproduce, world: World) -> Datasets:
     """Drawn images, written if need be; few of them where the row is about having few, the rest then unlabelled."""
-    folder = shapes.write(options.data or TOY_DATA, options.images, max(options.images // TOY_VAL, 1), TOY_SIDE)
+    folder, count = options.data or TOY_DATA, max(options.images // TOY_VAL, 1)
+    world.from_first(lambda: shapes.write(folder, options.images, count, TOY_SIDE))
     train = CocoDataset(folder / "train", folder / "train.json")
     val = CocoDataset(folder / "val", folder / "val.json")
     if row.few is None:

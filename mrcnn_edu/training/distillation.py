@@ -136,4 +136,9 @@ def distil(
     chosen = select(predictions, expected_counts(labelled))
     first = max(labelled.image_ids) + 1
     write_annotations(path, unlabelled, chosen, labelled.categories, first, paste, joint_score)
+    return with_distilled(labelled, unlabelled, path)
+
+
+def with_distilled(labelled: CocoDataset | Subset, unlabelled: CocoDataset | Subset, path: Path | str) -> Union:
+    """The union that ``distil`` gives, from the file that it has written."""
     return Union(labelled, CocoDataset(unlabelled.images_dir, path, keypoints=labelled.joints > 0))

@@ -23,6 +23,7 @@ from mrcnn_edu.losses import ALL_LOSSES, HEAD_LOSSES, RPN_LOSSES, any_of
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
 from mrcnn_edu.models.unshared import Unshared
 from mrcnn_edu.training.checkpoint import check_state, write_json
+from mrcnn_edu.training.distributed import World, connected, restarted
 from mrcnn_edu.training.export import load_model
 from mrcnn_edu.training.loop import train
 from mrcnn_edu.training.proposals import SavedProposals, Task, propose_dataset, save_proposals
@@ -92,32 +93,32 @@ def train_stages(
     stages  ``STAGEWISE``, ``FOUR_STEP``, ``END_TO_END``, or your own
     model   where parts without an ``init`` start; afterwards it holds the weights of the last stage
     out     folder that gets stages.json and one folder per stage, as ``train`` leaves it; that of a stage that proposes
-            gets proposals-train.safetensors and proposals-val.safetensors besides
+            gets proposals-train.safetensors and proposals-val.safetensors besides, one of each per process
     resume  continue: finished stages are taken as they are, one that was stopped goes on
 
     The other arguments are those of ``train``, which also says what is raised. ``load_stages`` reads the result.
     """
     check_stages(stages)
-    out, weights = Path(out), {"start": _copy(model)}
-    _note(stages, out, resume)
+    out, weights, summaries = Path(out), {"start": _copy(model)}, {}
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    summaries = {}
-    for stage in stages:
-        folder = out / stage.name
-        task = Task(stage.losses)
-        if stage.proposals is not None:
-            model.load_state_dict(weights[stage.proposals])
-            data = (train_data, val_data)
-            task = Task(stage.losses, *_propose(model, config, data, out / stage.proposals, device))
-        model.load_state_dict(initial(stage, weights))
-        freeze(model, stage.train, trainable)
-        if resume and (folder / "metrics.json").exists():
-            summaries[stage.name] = json.loads((folder / "metrics.json").read_text())
-            _load(model, folder)
-        else:
-            again = resume and folder.exists()
-            summaries[stage.name] = train(config, model, train_data, val_data, folder, again, progress, device, task)
-        weights[stage.name] = _copy(model)
+    with connected(device) as world:
+        resume = resume or restarted()
+        world.from_first(lambda: _note(stages, out, resume))
+        for stage in stages:
+            folder, task = out / stage.name, Task(stage.losses)
+            if stage.proposals is not None:
+                model.load_state_dict(weights[stage.proposals])
+                data = {"train": train_data, "val": val_data}
+                task = Task(stage.losses, *_propose(model, config, data, out / stage.proposals, device, world))
+            model.load_state_dict(initial(stage, weights))
+            freeze(model, stage.train, trainable)
+            done = world.from_first(lambda: _summary(folder) if resume else None)  # noqa: B023, called at once
+            if done is not None:
+                _load(model, folder)
+            else:
+                begun = resume and world.from_first(folder.exists)
+                done = train(config, model, train_data, val_data, folder, begun, progress, device, task)
+            summaries[stage.name], weights[stage.name] = done, _copy(model)
     freeze(model, PARTS, trainable)
     return summaries
 
@@ -225,23 +226,51 @@ def proposer(stages: tuple[Stage, ...]) -> str | None:
 def _propose(
     model: MaskRCNN,
     config: Config,
-    data: tuple[CocoDataset, CocoDataset | None],
+    data: Mapping[str, CocoDataset | None],
     folder: Path,
     device: torch.device | str | None,
+    world: World,
 ) -> list[SavedProposals | None]:
-    """Proposals for the training and for the validation images, out of the folder of the stage that proposes."""
+    """Proposals for the training and for the validation images, out of the folder of the stage that proposes.
+
+    Several processes share the images, and each writes a file for its own.
+    """
     saved: list[SavedProposals | None] = []
-    for dataset, name in zip(data, ("train", "val")):
-        path = folder / f"proposals-{name}.safetensors"
+    for name, dataset in data.items():
         if dataset is None:
             saved.append(None)
             continue
-        if not path.exists():
-            model.to(choose_device(device))
-            save_proposals(path, propose_dataset(model, dataset, config.data, training=name == "train"))
-        saved.append(SavedProposals(path))
+        if not world.from_first(lambda: _is_complete(folder, name, dataset)):  # noqa: B023, called at once
+            part = "" if world.size == 1 else f"-{world.rank}-of-{world.size}"
+            with world.together(patiently=True):
+                model.to(choose_device(device, world))
+                found = propose_dataset(model, dataset, config.data, name == "train", rank=world.rank, world=world.size)
+                if found:
+                    save_proposals(folder / f"proposals-{name}{part}.safetensors", found)
+        saved.append(SavedProposals(*_files(folder, name)))
         saved[-1].check_covers(dataset.image_ids)
     return saved
+
+
+def _files(folder: Path, name: str) -> list[Path]:
+    return sorted(folder.glob(f"proposals-{name}*.safetensors"))
+
+
+def _is_complete(folder: Path, name: str, dataset: CocoDataset) -> bool:
+    """Are the proposals of all images there? What a run that was stopped has left of them is removed."""
+    try:
+        SavedProposals(*_files(folder, name)).check_covers(dataset.image_ids)
+    except ValueError:
+        for path in _files(folder, name):
+            path.unlink()
+        return False
+    return True
+
+
+def _summary(folder: Path) -> dict[str, Any] | None:
+    """What a finished stage has measured, or None while it is not finished."""
+    path = folder / "metrics.json"
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _copy(model: MaskRCNN) -> dict[str, Tensor]:
