@@ -509,6 +509,7 @@ _DETECTRON2_RPN = RPNConfig(post_nms=(1000, 1000))
 _DETECTRON2_RESNEXT = replace(DETECTRON2, pixel_std=(57.375, 57.12, 58.395))
 _PERSON = ModelConfig(classes=1, mask=None, keypoint=KeypointHeadConfig())  # Section 5
 _DETECTRON2_PERSON = replace(_PERSON, rpn=RPNConfig(post_nms=(1500, 1000)))
+_DETECTRON2_PERSON_RULES = replace(DETECTRON2, box_beta=0.5)
 
 
 def _with(model: ModelConfig, architecture: Architecture, conventions: Conventions = PAPER) -> ModelConfig:
@@ -548,9 +549,11 @@ MODELS = {
     "maskrcnn_resnext101_32x8d_fpn_detectron2": _with(
         ModelConfig(rpn=_DETECTRON2_RPN), "resnext101_32x8d", _DETECTRON2_RESNEXT
     ),
-    "keypointrcnn_resnet50_fpn_detectron2": _with(_DETECTRON2_PERSON, "resnet50", DETECTRON2),
-    "keypointrcnn_resnet101_fpn_detectron2": _with(_DETECTRON2_PERSON, "resnet101", DETECTRON2),
-    "keypointrcnn_resnext101_32x8d_fpn_detectron2": _with(_DETECTRON2_PERSON, "resnext101_32x8d", _DETECTRON2_RESNEXT),
+    "keypointrcnn_resnet50_fpn_detectron2": _with(_DETECTRON2_PERSON, "resnet50", _DETECTRON2_PERSON_RULES),
+    "keypointrcnn_resnet101_fpn_detectron2": _with(_DETECTRON2_PERSON, "resnet101", _DETECTRON2_PERSON_RULES),
+    "keypointrcnn_resnext101_32x8d_fpn_detectron2": _with(
+        _DETECTRON2_PERSON, "resnext101_32x8d", replace(_DETECTRON2_RESNEXT, box_beta=0.5)
+    ),
     # Small enough to train from scratch on two cores in minutes: a ten-layer backbone, three levels, slim heads.
     "maskrcnn_shapes": ModelConfig(
         classes=6,
