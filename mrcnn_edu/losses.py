@@ -1,6 +1,7 @@
 """The losses of both stages, as pure functions of tensors.
 
-Chapter 12 (the whole model and its losses). Paper: Section 3, ``L = L_cls + L_box + L_mask``, and Section 5.
+Chapter 12 (the whole model and its losses); one by one in Chapter 6 (anchors), Chapter 10 (boxes), Chapter 11 (masks)
+and Chapter 14 (keypoints). Paper: Section 3, ``L = L_cls + L_box + L_mask``, and Section 5.
 
 Where nothing can be learned (no positive, no visible joint) a loss is zero but still depends on the predictions, so
 that every parameter has a gradient and every process of a distributed run the same graph.
