@@ -1,0 +1,78 @@
+"""What a chapter shows of the library and says about itself: included source, measured numbers, time and memory.
+
+Used by every chapter. Inside the build of the book numbers go to the page's text; elsewhere they are printed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+BUILDING = "MRCNN_EDU_BOOK"  # an environment variable that the book's Sphinx extension sets for the kernels it starts
+
+
+def building() -> bool:
+    """Does the book's build run this notebook? Then there is a page but no reader at a kernel."""
+    return bool(os.environ.get(BUILDING))
+
+
+class Source:
+    """A piece of the library's own source, as a notebook and the book show it: included, never copied."""
+
+    def __init__(self, *things: Any) -> None:
+        """things: functions, classes or modules of this package, shown one below the other."""
+        if not things:
+            raise ValueError("show_source needs at least one function, class or module")
+        self.parts = [(_place(thing), inspect.getsource(thing).rstrip()) for thing in things]
+
+    def _repr_markdown_(self) -> str:
+        return "\n\n".join(f"*{place}*\n\n````python\n{code}\n````" for place, code in self.parts)
+
+    def __repr__(self) -> str:
+        return "\n\n".join(f"# {place}\n{code}" for place, code in self.parts)
+
+
+def show_source(*things: Any) -> Source:
+    """The source of functions, classes or modules of this package, to stand last in a cell."""
+    return Source(*things)
+
+
+def _place(thing: Any) -> str:
+    package = Path(__file__).parent
+    file = Path(inspect.getsourcefile(thing)).resolve()
+    if not file.is_relative_to(package.resolve()):
+        raise ValueError(f"show_source shows this package only, {thing!r} is from {file}")
+    name = file.relative_to(package.resolve().parent).as_posix()
+    return name if inspect.ismodule(thing) else f"{name}, line {inspect.getsourcelines(thing)[1]}"
+
+
+def glue(name: str, value: Any) -> None:
+    """Give a computed value to the chapter's text, which names it as ``{glue:text}`name:.2f```."""
+    if building():
+        from myst_nb import glue as into_the_page
+
+        into_the_page(name, value, display=False)
+    else:
+        print(f"{name} = {value}")
+
+
+def measured() -> None:
+    """Give the chapter's text what running it has taken so far: ``seconds`` of processor time, ``memory`` in GB."""
+    glue("seconds", max(1, round(time.process_time())))
+    memory = _peak_memory()
+    if memory is not None:
+        glue("memory", round(memory, 1))
+
+
+def _peak_memory() -> float | None:
+    """GB this process held at most; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, kilobytes elsewhere
