@@ -50,8 +50,10 @@ def check_function(
             got = mine(*arguments)
         except Exception as error:  # whatever a reader's code raises is an answer to talk about
             return _not_yet(f"{asked} raised {type(error).__name__}: {error}", hint)
+        if got is ...:
+            return _not_yet(f"{asked} has no answer so far.", hint)
         problem = _difference(got, wanted, tolerance)
-        if problem:
+        if problem is not None:
             return _not_yet(f"{asked} gave {_short(got)}, wanted {_short(wanted)}{problem}", hint)
     return Verdict(True, f"All {len(inputs)} cases agree." if len(inputs) > 1 else "The case agrees.")
 
