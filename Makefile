@@ -38,11 +38,11 @@ bench: $(VENV)/.ready
 lab: $(VENV)/.book
 	@$(BIN)/jupyter lab --notebook-dir=book $(ARGS)
 
-# Jupyter Book's cache knows the notebooks but not the package they import, so it goes whenever either has changed.
+# Jupyter Book's cache knows the notebooks but not the package they import, so it goes whenever that has changed.
 book: $(VENV)/.book
 	@mkdir -p _build
-	@find mrcnn_edu csrc book -type f -not -name '*.pyc' -exec cksum {} + 2>/dev/null | sort > _build/sources.new
-	@cmp -s _build/sources.new _build/sources || rm -rf _build/.jupyter_cache
+	@find mrcnn_edu csrc -type f -not -name '*.pyc' -exec cksum {} + 2>/dev/null | sort > _build/sources.new
+	@cmp -s _build/sources.new _build/sources || rm -rf _build/.jupyter_cache _build/.doctrees
 	@mv _build/sources.new _build/sources
 	@$(BIN)/jupyter-book build . -q -n -W --keep-going > /dev/null
 	@echo "The book: _build/html/index.html"
