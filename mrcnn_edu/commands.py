@@ -125,7 +125,7 @@ def start_backbone(model: MaskRCNN, weights: Path | None, resume: bool) -> None:
             raise
         except Exception as error:  # a file of another kind can fail in any way inside the reader
             raise ValueError(f"{weights} is not a PyTorch weights file: {str(error).splitlines()[0]}") from error
-        load_imagenet(model.backbone.resnet, state)
+        load_imagenet(model.backbone.resnet, state, model.res5)
     elif model.config.backbone.norm == "frozen" and not resume:
         raise ValueError(
             "this backbone has frozen parts that need ImageNet weights: give torchvision's file with --backbone, or "

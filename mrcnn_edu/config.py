@@ -169,14 +169,17 @@ Architecture = Literal[
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """ResNet or ResNeXt with a feature pyramid (Section 3, Network Architecture)."""
+    """ResNet or ResNeXt, and what is read from it: the paper's network-depth-features (Section 3, Architecture)."""
 
     architecture: Architecture = "resnet50"
     width: int = 64  # channels of the stem; each stage doubles it
     stem: Literal["7x7", "3x3"] = "7x7"  # "7x7": conv and max pool (stride 4); "3x3": two 3x3 convs of stride 2
     norm: Literal["frozen", "batch"] = "frozen"  # "frozen": statistics and affine part fixed, for pretrained weights
     frozen_stages: int = 2  # 0: train everything, 1: freeze the stem, 2: the stem and c2, ... 5: up to c5
-    levels: tuple[str, ...] = ("p2", "p3", "p4", "p5", "p6")  # finest first; p6 is every second pixel of p5
+    # "fpn": a pyramid; "c4": stride 16, res5 is the roi head; "c5": stride 32; "dc5": c5 dilated, stride 16
+    features: Literal["fpn", "c4", "c5", "dc5"] = "fpn"
+    non_local: bool = False  # a non-local block before the last block of c4 (Appendix B, [43])
+    levels: tuple[str, ...] = ("p2", "p3", "p4", "p5", "p6")  # of the pyramid, finest first; p6 is a thinned p5
     channels: int = 256  # of every pyramid level
     roi_level_size: float = 224.0  # px; a roi of this size is read from p4, half of it from p3 (FPN [27], equation 1)
 
@@ -192,6 +195,11 @@ class BackboneConfig:
             bool(run) and tuple(run) == self.levels, self, "levels", "consecutive levels out of p2, p3, p4, p5, p6"
         )
         _require("p5" in self.levels, self, "levels", "a run of levels that includes p5")
+
+    @property
+    def maps(self) -> tuple[str, ...]:
+        """The maps the RPN looks at: the pyramid's levels, or the one map that stands for it."""
+        return self.levels if self.features == "fpn" else ("c4" if self.features == "c4" else "c5",)
 
 
 @dataclass(frozen=True)
@@ -230,21 +238,36 @@ class RPNConfig:
 
 
 RoILayer = Literal["roi_align", "roi_warp", "roi_pool"]
+RoIMode = Literal["mean", "max"]
+
+
+def _one_pooling(box: BoxHeadConfig, branch: MaskHeadConfig | KeypointHeadConfig, name: str) -> None:
+    """On C4 all branches begin with one res5, which sees each roi once."""
+    for field_ in ("pooled_size", "layer", "mode"):
+        if getattr(box, field_) != getattr(branch, field_):
+            raise ValueError(
+                f"{name}.{field_} must be box.{field_} on C4, where the branches share res5 (Figure 4, left), got "
+                f"{getattr(branch, field_)!r} and {getattr(box, field_)!r}"
+            )
 
 
 @dataclass(frozen=True)
 class BoxHeadConfig:
-    """The second stage: sampling rois, classifying them and refining their boxes (Section 3.1, Figure 4 right)."""
+    """The second stage: sampling rois, classifying them and refining their boxes (Section 3.1, Figure 4)."""
 
     rois_per_image: int = 512  # N in Section 3.1: 512 for FPN, 64 for C4
     positive_fraction: float = 0.25  # positives : negatives of 1 : 3
     positive_iou: float = 0.5
+    sampling: Literal["random", "hardest"] = "random"  # "hardest": the largest losses of all rois, OHEM [38]
+    hardest_nms: float = 0.7  # IoU above which only the harder of two rois is a candidate [38]
     pooled_size: int = 7
     layer: RoILayer = "roi_align"
-    fc: tuple[int, ...] = (1024, 1024)  # widths of the hidden fully connected layers
+    mode: RoIMode = "mean"  # over the samples of a bin; roi_pool always takes the max
+    fc: tuple[int, ...] = (1024, 1024)  # widths of the hidden fully connected layers; () on C4
+    res5_stride: Literal[1, 2] = 1  # on C4: 1 for rois of 7 x 7 (Figure 4, left), 2 for 14 x 14 (all released code)
     delta_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)  # of the box coder
     score_threshold: float = 0.05  # detections below are dropped
-    nms_threshold: float = 0.5  # IoU, within one class
+    nms_threshold: float = 0.5  # IoU, within one class; 0.3 in Sections 3 and 4, 0.5 in Section 5 and Appendix B
     detections_per_image: int = 100
 
     def __post_init__(self) -> None:
@@ -252,8 +275,9 @@ class BoxHeadConfig:
         _require(self.rois_per_image >= 1, self, "rois_per_image", "at least 1")
         _require(0 <= self.positive_fraction <= 1, self, "positive_fraction", "0 to 1")
         _require(0 <= self.positive_iou <= 1, self, "positive_iou", "0 to 1")
+        _require(0 <= self.hardest_nms <= 1, self, "hardest_nms", "0 to 1")
         _require(self.pooled_size >= 1, self, "pooled_size", "at least 1")
-        _require(len(self.fc) >= 1 and all(w >= 1 for w in self.fc), self, "fc", "one or more positive widths")
+        _require(all(w >= 1 for w in self.fc), self, "fc", "positive widths")
         _require(all(w > 0 for w in self.delta_weights), self, "delta_weights", "four positive numbers")
         _require(0 <= self.score_threshold <= 1, self, "score_threshold", "0 to 1")
         _require(0 <= self.nms_threshold <= 1, self, "nms_threshold", "0 to 1")
@@ -262,17 +286,27 @@ class BoxHeadConfig:
 
 @dataclass(frozen=True)
 class MaskHeadConfig:
-    """The mask branch: a small fully convolutional network per roi (Section 3 and Figure 4 right)."""
+    """The mask branch: a small fully convolutional network per roi (Section 3, Figure 4), or a rival (Table 2)."""
 
     pooled_size: int = 14
     layer: RoILayer = "roi_align"
-    convs: tuple[int, ...] = (256, 256, 256, 256)  # widths of the 3x3 convs; the deconv keeps the last
+    mode: RoIMode = "mean"
+    branch: Literal["fcn", "mlp"] = "fcn"  # Table 2e
+    convs: tuple[int, ...] = (256, 256, 256, 256)  # "fcn": widths of the 3x3 convs; () on C4
+    deconv: int | None = None  # "fcn": width of the deconv; None keeps that of the last conv
+    fc: tuple[int, ...] = (1024, 1024)  # "mlp": widths of its hidden layers
+    size: int = 28  # "mlp": M; that of "fcn" is twice what it is given, 28 for FPN and 14 for C4
+    classes: Literal["specific", "agnostic"] = "specific"  # a mask per class, or one for all (Section 4.2)
+    loss: Literal["sigmoid", "softmax"] = "sigmoid"  # each class for itself, or all and the background competing (2b)
     rois_per_image: int | None = None  # at most so many positives train the branch; None: all of them
 
     def __post_init__(self) -> None:
         _check_choices(self)
         _require(self.pooled_size >= 1, self, "pooled_size", "at least 1")
-        _require(len(self.convs) >= 1 and all(c >= 1 for c in self.convs), self, "convs", "one or more positive widths")
+        _require(all(c >= 1 for c in self.convs), self, "convs", "positive widths")
+        _require(self.deconv is None or self.deconv >= 1, self, "deconv", "None or at least 1")
+        _require(len(self.fc) >= 1 and all(w >= 1 for w in self.fc), self, "fc", "one or more positive widths")
+        _require(self.size >= 1, self, "size", "at least 1")
         _require(self.rois_per_image is None or self.rois_per_image >= 1, self, "rois_per_image", "None or at least 1")
 
 
@@ -284,6 +318,7 @@ class KeypointHeadConfig:
     labels: tuple[int, ...] = ()  # the classes that have keypoints, out of 1..K; empty: all of them
     pooled_size: int = 14
     layer: RoILayer = "roi_align"
+    mode: RoIMode = "mean"
     convs: tuple[int, ...] = (512,) * 8
     rois_per_image: int | None = None  # at most so many positives train the branch; None: all of them
 
@@ -312,12 +347,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_choices(self)
         _require(self.classes >= 1, self, "classes", "at least 1 foreground class")
-        levels, sizes = len(self.backbone.levels), len(self.rpn.anchor_sizes)
-        if levels != sizes:
+        levels, sizes = self.backbone.maps, len(self.rpn.anchor_sizes)
+        if len(levels) != sizes:
             raise ValueError(
-                f"rpn.anchor_sizes needs one entry per backbone level, got {sizes} for the {levels} levels "
-                f"{', '.join(self.backbone.levels)}"
+                f"rpn.anchor_sizes needs one entry per backbone level, got {sizes} for the {len(levels)} levels "
+                f"{', '.join(levels)}"
             )
+        for name in ("mask", "keypoint"):
+            branch = getattr(self, name)
+            if self.backbone.features == "c4" and branch is not None:
+                _one_pooling(self.box, branch, name)
         if self.keypoint is not None and any(label > self.classes for label in self.keypoint.labels):
             raise ValueError(f"keypoint.labels must lie in 1..{self.classes}, got {self.keypoint.labels}")
 
@@ -411,13 +450,80 @@ class Config:
 # Presets
 # ---------------------------------------------------------------------------------------------------------------------
 
+# One map: 5 scales x 3 ratios in every cell; 300 proposals at test time (Section 3.1). The other counts are those of
+# the released code: the paper has none.
+_ONE_MAP = RPNConfig(anchor_sizes=((32, 64, 128, 256, 512),), pre_nms=(12_000, 6000), post_nms=(2000, 300))
+
+# Figure 4, left, with 64 rois per image and the NMS of Section 4.
+_C4 = ModelConfig(
+    backbone=BackboneConfig(features="c4"),
+    rpn=_ONE_MAP,
+    box=BoxHeadConfig(rois_per_image=64, pooled_size=7, res5_stride=1, fc=(), nms_threshold=0.3),
+    mask=MaskHeadConfig(pooled_size=7, convs=(), deconv=256),
+)
+# Section 4.2: stride 32 and the head of Figure 4, right. How many rois and proposals is not said: as for C4, the other
+# model with one map.
+_C5 = ModelConfig(
+    backbone=BackboneConfig(features="c5"),
+    rpn=_ONE_MAP,
+    box=BoxHeadConfig(rois_per_image=64, nms_threshold=0.3),
+)
+# What Detectron and detectron2 make of C4 (detectron2 also of DC5): larger rois and a stride of 2, 512 rois, 1000
+# proposals, NMS at 0.5.
+_RELEASED_ONE_MAP = replace(_ONE_MAP, post_nms=(2000, 1000))
+_RELEASED_C4 = replace(
+    _C4,
+    rpn=_RELEASED_ONE_MAP,
+    box=BoxHeadConfig(pooled_size=14, res5_stride=2, fc=()),
+    mask=MaskHeadConfig(pooled_size=14, convs=(), deconv=256),
+)
+_RELEASED_DC5 = ModelConfig(backbone=BackboneConfig(features="dc5"), rpn=_RELEASED_ONE_MAP)
+_DETECTRON2_RPN = RPNConfig(post_nms=(1000, 1000))
+_DETECTRON2_RESNEXT = replace(DETECTRON2, pixel_std=(57.375, 57.12, 58.395))
+_PERSON = ModelConfig(classes=1, mask=None, keypoint=KeypointHeadConfig())  # Section 5
+_DETECTRON2_PERSON = replace(_PERSON, rpn=RPNConfig(post_nms=(1500, 1000)))
+
+
+def _with(model: ModelConfig, architecture: Architecture, conventions: Conventions = PAPER) -> ModelConfig:
+    return replace(model, backbone=replace(model.backbone, architecture=architecture), conventions=conventions)
+
+
 MODELS = {
+    # The paper's models ------------------------------------------------------------------------------
     "maskrcnn_resnet50_fpn": ModelConfig(),
-    "maskrcnn_resnet101_fpn": ModelConfig(backbone=BackboneConfig(architecture="resnet101")),
-    "maskrcnn_resnext101_32x8d_fpn": ModelConfig(backbone=BackboneConfig(architecture="resnext101_32x8d")),
-    "maskrcnn_resnext101_64x4d_fpn": ModelConfig(backbone=BackboneConfig(architecture="resnext101_64x4d")),
+    "maskrcnn_resnet101_fpn": _with(ModelConfig(), "resnet101"),
+    "maskrcnn_resnext101_32x8d_fpn": _with(ModelConfig(), "resnext101_32x8d"),
+    "maskrcnn_resnext101_64x4d_fpn": _with(ModelConfig(), "resnext101_64x4d"),
+    "maskrcnn_resnext152_32x8d_fpn": _with(ModelConfig(), "resnext152_32x8d"),  # Appendix B, "deeper"
+    "maskrcnn_resnext152_32x8d_fpn_nonlocal": ModelConfig(
+        backbone=BackboneConfig(architecture="resnext152_32x8d", non_local=True)
+    ),
+    "maskrcnn_resnet50_c4": _C4,
+    "maskrcnn_resnet101_c4": _with(_C4, "resnet101"),
+    "maskrcnn_resnet50_c5": _C5,
     "fasterrcnn_resnet50_fpn": ModelConfig(mask=None),
-    "keypointrcnn_resnet50_fpn": ModelConfig(classes=1, mask=None, keypoint=KeypointHeadConfig()),
+    "fasterrcnn_resnet101_fpn": replace(_with(ModelConfig(), "resnet101"), mask=None),  # Table 3
+    "keypointrcnn_resnet50_fpn": _PERSON,
+    "keypointrcnn_resnet101_fpn": _with(_PERSON, "resnet101"),
+    "keypointrcnn_resnext101_32x8d_fpn": _with(_PERSON, "resnext101_32x8d"),
+    "maskkeypointrcnn_resnet50_fpn": replace(_PERSON, mask=MaskHeadConfig()),  # Table 5, both branches
+    # As their weights were published; ``weights.load_detectron2`` and ``load_detectron`` read them ---------
+    "maskrcnn_resnet50_c4_detectron1": _with(_RELEASED_C4, "resnet50", replace(DETECTRON1, samples_per_bin=0)),
+    "maskrcnn_resnet50_fpn_detectron1": _with(ModelConfig(), "resnet50", DETECTRON1),
+    "maskrcnn_resnet101_fpn_detectron1": _with(ModelConfig(), "resnet101", DETECTRON1),
+    "maskrcnn_resnext101_32x8d_fpn_detectron1": _with(ModelConfig(), "resnext101_32x8d", DETECTRON1),
+    "maskrcnn_resnext101_64x4d_fpn_detectron1": _with(ModelConfig(), "resnext101_64x4d", DETECTRON1),
+    "keypointrcnn_resnet50_fpn_detectron1": _with(_PERSON, "resnet50", DETECTRON1),
+    "maskrcnn_resnet50_c4_detectron2": _with(_RELEASED_C4, "resnet50", DETECTRON2),
+    "maskrcnn_resnet50_dc5_detectron2": _with(_RELEASED_DC5, "resnet50", DETECTRON2),
+    "maskrcnn_resnet50_fpn_detectron2": _with(ModelConfig(rpn=_DETECTRON2_RPN), "resnet50", DETECTRON2),
+    "maskrcnn_resnet101_fpn_detectron2": _with(ModelConfig(rpn=_DETECTRON2_RPN), "resnet101", DETECTRON2),
+    "maskrcnn_resnext101_32x8d_fpn_detectron2": _with(
+        ModelConfig(rpn=_DETECTRON2_RPN), "resnext101_32x8d", _DETECTRON2_RESNEXT
+    ),
+    "keypointrcnn_resnet50_fpn_detectron2": _with(_DETECTRON2_PERSON, "resnet50", DETECTRON2),
+    "keypointrcnn_resnet101_fpn_detectron2": _with(_DETECTRON2_PERSON, "resnet101", DETECTRON2),
+    "keypointrcnn_resnext101_32x8d_fpn_detectron2": _with(_DETECTRON2_PERSON, "resnext101_32x8d", _DETECTRON2_RESNEXT),
     # Small enough to train from scratch on two cores in minutes: a ten-layer backbone, three levels, slim heads.
     "maskrcnn_shapes": ModelConfig(
         classes=6,

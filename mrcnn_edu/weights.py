@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from mrcnn_edu.models.backbone import Res5
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
 from mrcnn_edu.models.resnet import ResNet
 
@@ -100,13 +101,23 @@ def to_torchvision(model: MaskRCNN) -> dict[str, Tensor]:
     return state
 
 
-def load_imagenet(resnet: ResNet, state: dict[str, Tensor]) -> None:
+def load_imagenet(resnet: ResNet, state: dict[str, Tensor], res5: Res5 | None = None) -> None:
     """Load a state dict of torchvision's ResNet or ResNeXt classifier; its last layer, ``fc``, is left out.
+
+    res5  the model's own on C4, which has the fifth stage in its head
+
+    A non-local block, which no classifier has, stays as it is.
 
     Raises ValueError naming keys that are missing, left over or of another shape; the model is then as it was.
     """
-    loaded = {ours: state[theirs] for ours, theirs in _names(resnet, RESNET) if theirs in state}
-    _load(resnet, loaded, state, RESNET, left_out=("fc.weight", "fc.bias"))
+    body = torch.nn.Module()
+    for name, stage in resnet.named_children():
+        if name != "non_local":
+            body.add_module(name, stage)
+    if res5 is not None:
+        body.add_module("c5", res5.blocks)
+    loaded = {ours: state[theirs] for ours, theirs in _names(body, RESNET) if theirs in state}
+    _load(body, loaded, state, RESNET, left_out=("fc.weight", "fc.bias"))
 
 
 def _names(module: torch.nn.Module, table: Table) -> list[tuple[str, str]]:
