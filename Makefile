@@ -42,8 +42,9 @@ lab: $(VENV)/.book
 book: $(VENV)/.book
 	@mkdir -p _build
 	@find mrcnn_edu csrc -type f -not -name '*.pyc' -exec cksum {} + 2>/dev/null | sort > _build/sources.new
-	@cmp -s _build/sources.new _build/sources || rm -rf _build/.jupyter_cache _build/.doctrees
+	@cmp -s _build/sources.new _build/sources || rm -rf _build/.jupyter_cache
 	@mv _build/sources.new _build/sources
+	@rm -rf _build/.doctrees # links between pages of different age break; reading them all again is quick
 	@$(BIN)/jupyter-book build . -q -n -W --keep-going > /dev/null
 	@echo "The book: _build/html/index.html"
 

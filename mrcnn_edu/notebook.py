@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,11 @@ def building() -> bool:
 class Source:
     """A piece of the library's own source, as a notebook and the book show it: included, never copied."""
 
-    def __init__(self, *things: Any) -> None:
-        """things: functions, classes or modules of this package, shown one below the other."""
+    def __init__(self, *things: Any, lines: int | None = None) -> None:
+        """things: functions, classes or modules of this package, shown one below the other; the first lines of each."""
         if not things:
             raise ValueError("show_source needs at least one function, class or module")
-        self.parts = [(_place(thing), inspect.getsource(thing).rstrip()) for thing in things]
+        self.parts = [(_place(thing), _first(inspect.getsource(thing), lines)) for thing in things]
 
     def _repr_markdown_(self) -> str:
         return "\n\n".join(f"*{place}*\n\n````python\n{code}\n````" for place, code in self.parts)
@@ -36,9 +37,17 @@ class Source:
         return "\n\n".join(f"# {place}\n{code}" for place, code in self.parts)
 
 
-def show_source(*things: Any) -> Source:
-    """The source of functions, classes or modules of this package, to stand last in a cell."""
-    return Source(*things)
+def show_source(*things: Any, lines: int | None = None) -> Source:
+    """The source of functions, classes or modules of this package (or its first lines), to stand last in a cell."""
+    return Source(*things, lines=lines)
+
+
+def _first(code: str, count: int | None) -> str:
+    """So many lines of it, with a remark where some were left out; methods stand at the margin."""
+    every = textwrap.dedent(code).rstrip().split("\n")
+    if count is None or count >= len(every):
+        return "\n".join(every)
+    return "\n".join([*every[:count], f"    # ... and {len(every) - count} more lines"])
 
 
 def _place(thing: Any) -> str:

@@ -33,6 +33,10 @@ def test_source_is_included_as_it_is():
         assert lines[int(line) - 1].startswith(("def area", "def iou"))
     assert markdown.count("````python") == 2
     assert "def iou" in repr(shown)
+    beginning = repr(notebook.show_source(boxes.area, lines=2)).splitlines()
+    assert beginning[1].startswith("def area") and beginning[3] == "    # ... and 1 more lines" and len(beginning) == 4
+    method = repr(notebook.show_source(notebook.Source._repr_markdown_)).splitlines()
+    assert method[1].startswith("def ") and method[2].startswith("    return ")
     assert "mrcnn_edu/boxes.py*" in notebook.show_source(boxes)._repr_markdown_()
 
 
