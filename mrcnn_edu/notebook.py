@@ -51,6 +51,7 @@ def _first(code: str, count: int | None) -> str:
 
 
 def _place(thing: Any) -> str:
+    thing = inspect.unwrap(thing)  # a decorated function is where it was written
     package = Path(__file__).parent
     file = Path(inspect.getsourcefile(thing)).resolve()
     if not file.is_relative_to(package.resolve()):

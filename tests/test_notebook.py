@@ -17,6 +17,7 @@ from PIL import Image
 from mrcnn_edu import boxes, notebook, widgets
 from mrcnn_edu.canvas import charts
 from mrcnn_edu.exercises import check_function, check_that, check_value
+from mrcnn_edu.models import rpn
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Source and numbers
@@ -187,3 +188,8 @@ def test_charts_stand_beside_each_other_without_a_ground():
     pixels = np.asarray(Image.open(io.BytesIO(left.figure._repr_png_())))
     assert pixels[0, 0, 3] == 0
     assert left.get_position().x1 < right.get_position().x0
+
+
+def test_decorated_functions_show_where_they_were_written():
+    shown = notebook.show_source(rpn.propose)._repr_markdown_()  # under torch.no_grad
+    assert "mrcnn_edu/models/rpn.py" in shown and "def propose(" in shown
