@@ -81,6 +81,9 @@ class Train:
     batch: int | None = None  # images per iteration over all processes; rate, iterations and steps follow (linear rule)
     resume: Flag = False  # continue from the last checkpoint in --out, with the config.json there
     backbone: Path | None = None  # torchvision's ImageNet weights of the ResNet: a .pth file, or torchvision:resnet50
+    start: Path | None = None  # start from the model of this run, class by class as far as the names agree
+    rename: tuple[str, ...] = ()  # our=theirs, such as mcycle=motorcycle: classes that --start has under other names
+    procedure: Literal["end-to-end", "stagewise", "four-step"] = "end-to-end"  # RPN and heads jointly or in turn
     device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

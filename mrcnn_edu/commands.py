@@ -5,10 +5,7 @@ Chapter 18 (your own data).
 
 from __future__ import annotations
 
-import glob
-import os
 import re
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +34,7 @@ from mrcnn_edu.inference import predict as predict_image
 from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
 from mrcnn_edu.models.unshared import Unshared
 from mrcnn_edu.ops import paste_masks
+from mrcnn_edu.pictures import find_pictures, picture_names
 from mrcnn_edu.published import imagenet_state, is_published, label_table, load_published, split_source
 from mrcnn_edu.structures import Detections
 from mrcnn_edu.training.checkpoint import write_json
@@ -46,11 +44,10 @@ from mrcnn_edu.training.loop import train as train_model
 from mrcnn_edu.training.randomness import seed_rng
 from mrcnn_edu.training.schedule import linear_rule
 from mrcnn_edu.training.setup import choose_device
-from mrcnn_edu.training.stages import last_stage, load_stages
+from mrcnn_edu.training.stages import PROCEDURES, load_stages, train_stages
+from mrcnn_edu.transfer import transfer
 from mrcnn_edu.visualize import draw
 from mrcnn_edu.weights import load_imagenet
-
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jp2", ".avif"}
 
 
 def demo(options: Demo) -> None:
@@ -70,11 +67,16 @@ def train(options: Train) -> None:
             world.from_first(lambda: imagenet_state(*split_source(options.backbone)) and None)  # downloads it once
         with world.together():
             config, model, train_data, val_data = prepare(options)
-        summary = train_model(config, model, train_data, val_data, options.out, options.resume, device=options.device)
+        arguments = (config, model, train_data, val_data, options.out, options.resume)
+        if options.procedure == "end-to-end":
+            summary, where = train_model(*arguments, device=options.device), options.out / "weights.safetensors"
+        else:
+            stages = PROCEDURES[options.procedure]
+            summary, where = train_stages(stages, *arguments, device=options.device)[stages[-1].name], options.out
     for kind in summary.get("evaluation", {}):
         if kind in FILES:
             print(f"{kind} AP {summary['evaluation'][kind]['AP']}")
-    print(f"The run: {options.out}, its weights: {options.out / 'weights.safetensors'}")
+    print(f"The run: {options.out}, its weights: {where}")
 
 
 def prepare(options: Train) -> tuple[Config, MaskRCNN, CocoDataset, CocoDataset | None]:
@@ -90,8 +92,25 @@ def prepare(options: Train) -> tuple[Config, MaskRCNN, CocoDataset, CocoDataset 
     config = Config(model_config, data, with_batch(options.train, options.batch, options.resume))
     seed_rng(config.train.seed)
     model = build_model(config.model)
-    start_backbone(model, options.backbone, options.resume)
+    if options.start is not None:
+        start_from(model, train_data.categories, options)
+    else:
+        start_backbone(model, options.backbone, options.resume)
     return config, model, train_data, val_data
+
+
+def start_from(model: MaskRCNN, categories: CategoryMap, options: Train) -> None:
+    """Start from the model of another run and say which classes it knows."""
+    if options.backbone is not None:
+        raise ValueError("--start takes the place of --backbone; leave one of them out")
+    pairs = [pair.partition("=") for pair in options.rename]
+    if not all(ours and theirs for ours, _, theirs in pairs):
+        raise ValueError(f"--rename wants our=theirs, such as mcycle=motorcycle, got {' '.join(options.rename)}")
+    source, known, _ = open_weights(options.start, None, None)
+    source = source.detector if isinstance(source, Unshared) else source
+    matches = transfer(model, categories, source, known, {ours: theirs for ours, _, theirs in pairs})
+    fresh = [name for name, found in matches.items() if found is None]
+    print(f"{len(matches) - len(fresh)} classes start as in {options.start}; at random: {', '.join(fresh) or 'none'}")
 
 
 def with_batch(config: TrainConfig, batch: int | None, resume: bool) -> TrainConfig:
@@ -226,7 +245,7 @@ def open_weights(
     else:
         if (path / "stages.json").exists():
             model, categories = load_stages(path)
-            beside = path / last_stage(path) / "config.json"
+            beside = path / "config.json"
         else:
             path = path / "weights.safetensors" if path.is_dir() else path
             model, categories = load_model(path)
@@ -270,35 +289,6 @@ def predict(options: Predict) -> None:
     print(f"{len(results['box'])} detections in {len(images)} pictures: {options.out}")
     if problems:
         raise OSError(f"{len(problems)} of {len(paths)} pictures could not be read: {'; '.join(problems[:5])}")
-
-
-def find_pictures(patterns: tuple[str, ...]) -> list[Path]:
-    """The picture files that are meant, each once, in order; everything named must exist."""
-    if not patterns:
-        raise ValueError('no pictures: name files, folders or patterns such as "photos/*.jpg"')
-    paths: list[Path] = []
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
-        elif path.exists():
-            found = [path]
-        else:
-            found = sorted(Path(file) for file in glob.glob(pattern, recursive=True) if Path(file).is_file())
-        if not found:
-            raise FileNotFoundError(f"no picture at {pattern}")
-        paths += found
-    return list(dict.fromkeys(paths))
-
-
-def picture_names(paths: list[Path]) -> tuple[dict[Path, str], dict[Path, str]]:
-    """Each picture's name below the folder that holds them all, and the same without its suffix where that suffices."""
-    full = {path: path.resolve() for path in paths}
-    top = Path(os.path.commonpath([path.parent for path in full.values()]))
-    names = {path: where.relative_to(top) for path, where in full.items()}
-    counts = Counter(name.with_suffix("") for name in names.values())
-    plain = {path: name.with_suffix("") if counts[name.with_suffix("")] == 1 else name for path, name in names.items()}
-    return {path: name.as_posix() for path, name in names.items()}, {path: str(name) for path, name in plain.items()}
 
 
 def save_listing(out: Path, images: list[dict], categories: CategoryMap, results: dict[str, list[dict]]) -> None:
