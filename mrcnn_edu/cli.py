@@ -78,6 +78,10 @@ class Train:
     config: Path | None = None  # start from this config.json of a run instead of from a preset
     out: Path = Path("runs/train")  # folder of the run
     batch: int | None = None  # images per iteration over all processes; rate, iterations and steps follow (linear rule)
+    plan: Flag = False  # only say what it would take: schedule, global batch, memory, hours and cost, on ...
+    gpus: int = 8  # ... so many GPUs ...
+    gpu: Literal["v100", "a100", "h100"] = "h100"  # ... of this kind ...
+    price: float | None = None  # ... at this price of one of them for an hour
     resume: Flag = False  # continue from the last checkpoint in --out, with the config.json there
     backbone: Path | None = None  # torchvision's ImageNet weights of the ResNet: a .pth file, or torchvision:resnet50
     device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one

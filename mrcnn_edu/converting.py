@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 
 from mrcnn_edu.cli_tools import Convert, Export
-from mrcnn_edu.commands import open_weights
 from mrcnn_edu.program import save_program
-from mrcnn_edu.published import is_published, load_published, split_source
+from mrcnn_edu.published import is_published, load_published, open_weights, split_source
 from mrcnn_edu.training.checkpoint import write_atomically
 from mrcnn_edu.training.export import export_weights, load_model
 from mrcnn_edu.weights import to_torchvision
