@@ -4,8 +4,8 @@
 
 Run after ``make book``; CI does. It checks, in light and in dark: no error on the console, no request for anything off
 the page, every image there and with an alt text of its own, every formula rendered, every slider moving its picture by
-mouse and by keyboard, readable text. Without a browser: internal links and anchors, and in the executed notebooks that
-every exercise's stub fails its check and its solution passes. ``--shots`` saves a picture of each page for looking at.
+mouse and by keyboard, readable text. Without a browser: internal links and anchors, and that every exercise's stub
+fails its check and its solution passes. ``--shots`` saves a picture of each page for looking at.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -76,7 +77,8 @@ LOOK = r"""
     if (alpha === 1) return [r, g, b];
     return ground(element.parentElement).map((below, i) => alpha * [r, g, b][i] + (1 - alpha) * below);
   };
-  for (const text of document.querySelectorAll("article p, article li, article td, article pre, figcaption, .frames-knobs label")) {
+  const texts = "article p, article li, article td, article pre, figcaption, .frames-knobs label";
+  for (const text of document.querySelectorAll(texts)) {
     const [a, b] = [light(rgba(getComputedStyle(text).color).slice(0, 3)), light(ground(text))].sort((x, y) => x - y);
     if ((b + 0.05) / (a + 0.05) < 4.5) found.push("hard to read: " + text.textContent.trim().slice(0, 60));
   }
@@ -232,20 +234,24 @@ def dead_links(pages: list[Path]) -> list[str]:
     return found
 
 
-def notebook_faults(path: Path) -> list[str]:
-    """What went wrong in one executed chapter: warnings, time, stubs that pass, solutions that do not."""
-    found, name = [], path.stem
-    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
-        tags, outputs = cell["metadata"].get("tags", []), cell.get("outputs", [])
-        for output in outputs:
-            if output["output_type"] == "error" or output.get("name") == "stderr":
-                found.append(f"{name}: {str(output)[:200]}")
-        verdict = "".join("".join(output.get("data", {}).get("text/plain", "")) for output in outputs)
-        if "stub" in tags and not verdict.startswith("✗"):
-            found.append(f"{name}: an unsolved exercise is not refused: {verdict[:80]}")
-        if "solution" in tags and not verdict.startswith("✓"):
-            found.append(f"{name}: a solution does not pass: {verdict[:120]}")
-    glued = json.loads(path.with_suffix(".glue.json").read_text(encoding="utf-8"))
+def _verdict(shown: str) -> str:
+    """The last line of a cell's text that a check wrote, if there is one."""
+    return next((line for line in reversed(shown.splitlines()) if line.startswith(("✓", "✗"))), "no verdict")
+
+
+def chapter_faults(page: Path) -> list[str]:
+    """What the cells of one chapter's page show: errors, stubs that pass, solutions that do not, a chapter too slow."""
+    found, name = [], page.stem
+    heads = list(re.finditer(r'<div class="cell ([^"]*)docutils container"', text := page.read_text(encoding="utf-8")))
+    for head, after in zip(heads, [*heads[1:], None]):
+        tags, shown = head[1], re.sub("<[^>]*>", "", text[head.end() : after.start() if after else None])
+        if "tag_stub" in tags and ("✗ Not yet." not in shown or "✓" in shown):
+            found.append(f"{name}: an unsolved exercise is not refused: {_verdict(shown)}")
+        if "tag_solution" in tags and ("✓ Solved." not in shown or "✗" in shown):
+            found.append(f"{name}: a solution does not pass: {_verdict(shown)}")
+    if re.search(r'class="output (stderr|traceback)', text):
+        found.append(f"{name}: a cell shows an error or a warning")
+    glued = json.loads((EXECUTED / page.relative_to(HTML)).with_suffix(".glue.json").read_text(encoding="utf-8"))
     seconds = glued.get("seconds", {}).get("data", {}).get("text/plain", "unknown")
     if not seconds.isdigit() or int(seconds) > MOST_SECONDS:
         found.append(f"{name}: takes {seconds} s of processor time, at most {MOST_SECONDS} are allowed")
@@ -263,9 +269,9 @@ def main() -> int:
         print(f"no pages in {HTML / 'book'}: run make book first")
         return 1
     found = dead_links(pages)
-    executed = [path for path in sorted(EXECUTED.rglob("*.ipynb")) if options.pages in str(path)]
-    for path in executed:
-        found += notebook_faults(path)
+    chapters = [page for page in pages if page.parent.name == "chapters"]
+    for page in chapters:
+        found += chapter_faults(page)
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
     if program is None and not options.without_chromium:
         found.append("no Chromium was found; install it, or leave its checks out with --without-chromium")
@@ -281,7 +287,7 @@ def main() -> int:
         finally:
             browser.close()
     print(*found, sep="\n")
-    print(f"{len(pages)} pages, {len(executed)} executed notebooks: {len(found)} complaints")
+    print(f"{len(pages)} pages, {len(chapters)} of them chapters: {len(found)} complaints")
     return 1 if found else 0
 
 

@@ -208,6 +208,7 @@ class RPNConfig:
 
     anchor_sizes: tuple[tuple[float, ...], ...] = ((32,), (64,), (128,), (256,), (512,))  # px, sqrt(area), per level
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)  # height / width
+    convs: int = 1  # 3x3 convs before the two outputs
     positive_iou: float = 0.7  # anchors at or above are positives, as is each box's best anchor
     negative_iou: float = 0.3  # anchors below are negatives
     batch_per_image: int = 256  # anchors drawn per image for the loss
@@ -230,6 +231,7 @@ class RPNConfig:
             "negative_iou",
             "0 <= negative_iou <= positive_iou <= 1",
         )
+        _require(self.convs >= 1, self, "convs", "at least 1")
         _require(self.batch_per_image >= 1, self, "batch_per_image", "at least 1")
         _require(0 <= self.positive_fraction <= 1, self, "positive_fraction", "0 to 1")
         _require(min(self.pre_nms) >= 1, self, "pre_nms", "two counts of at least 1")
@@ -263,6 +265,7 @@ class BoxHeadConfig:
     pooled_size: int = 7
     layer: RoILayer = "roi_align"
     mode: RoIMode = "mean"  # over the samples of a bin; roi_pool always takes the max
+    convs: tuple[int, ...] = ()  # widths of 3x3 convs before them; the paper has none
     fc: tuple[int, ...] = (1024, 1024)  # widths of the hidden fully connected layers; () on C4
     res5_stride: Literal[1, 2] = 1  # on C4: 1 for rois of 7 x 7 (Figure 4, left), 2 for 14 x 14 (all released code)
     delta_weights: tuple[float, float, float, float] = (10.0, 10.0, 5.0, 5.0)  # of the box coder
@@ -278,6 +281,7 @@ class BoxHeadConfig:
         _require(0 <= self.hardest_nms <= 1, self, "hardest_nms", "0 to 1")
         _require(self.pooled_size >= 1, self, "pooled_size", "at least 1")
         _require(all(w >= 1 for w in self.fc), self, "fc", "positive widths")
+        _require(all(w >= 1 for w in self.convs), self, "convs", "positive widths")
         _require(all(w > 0 for w in self.delta_weights), self, "delta_weights", "four positive numbers")
         _require(0 <= self.score_threshold <= 1, self, "score_threshold", "0 to 1")
         _require(0 <= self.nms_threshold <= 1, self, "nms_threshold", "0 to 1")
@@ -379,6 +383,7 @@ class DataConfig:
     test_size: int = 800  # px, shorter side at inference
     flip: float = 0.5  # probability of mirroring a training image
     channel_shuffle: float = 0.0  # probability of permuting its colour channels
+    group: int = 2  # training images of one orientation (upright or wide) come in so many at a time: less padding
     workers: int = 2  # loader processes; 0 loads in the training process
     strict: bool = True  # refuse an inconsistent annotation file; False drops the faulty parts and reports them
 
@@ -388,7 +393,24 @@ class DataConfig:
         _require(1 <= self.test_size <= self.max_size, self, "test_size", "1 to max_size")
         _require(0 <= self.flip <= 1, self, "flip", "a probability")
         _require(0 <= self.channel_shuffle <= 1, self, "channel_shuffle", "a probability")
+        _require(self.group >= 1, self, "group", "at least 1 (no grouping)")
         _require(self.workers >= 0, self, "workers", "0 or more")
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How much each loss counts in the sum that training minimises; the paper adds them as they are (Section 3)."""
+
+    objectness: float = 1.0
+    rpn_box: float = 1.0
+    classification: float = 1.0
+    box: float = 1.0
+    mask: float = 1.0
+    keypoint: float = 1.0
+
+    def __post_init__(self) -> None:
+        for weight in fields(self):
+            _require(0 <= getattr(self, weight.name) < math.inf, self, weight.name, "at least 0")
 
 
 @dataclass(frozen=True)
@@ -397,6 +419,7 @@ class TrainConfig:
 
     iterations: int = 160_000
     batch_size: int = 16  # images per iteration, over all processes
+    accumulate: int = 1  # parts into which each process divides its share: fewer GPUs keep the batch
     optimiser: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float = 0.02
     momentum: float = 0.9  # of SGD
@@ -408,10 +431,13 @@ class TrainConfig:
     gamma: float = 0.1
     warmup_iterations: int = 1000  # the paper states none; every released code has one
     warmup_factor: float = 1e-3  # the rate starts at this share of itself
+    loss_weights: LossWeights = field(default_factory=LossWeights)
     clip_norm: float | None = None  # the gradient's norm is cut to this
     average: float = 0.0  # decay of a moving average of the weights, used for evaluation; 0: none
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # autocast of the forward pass
     channels_last: bool = True  # memory layout of images and weights
+    sync_norm: bool = False  # batch norms see the images of all processes; on GPUs only
+    compile: bool = False  # torch.compile of backbone and heads
     seed: int = 0
     log_every: int = 20  # iterations
     evaluate_every: int = 0  # iterations; 0: only at the end
@@ -422,6 +448,7 @@ class TrainConfig:
         _check_choices(self)
         _require(self.iterations >= 1, self, "iterations", "at least 1")
         _require(self.batch_size >= 1, self, "batch_size", "at least 1")
+        _require(self.accumulate >= 1, self, "accumulate", "at least 1")
         _require(0 < self.learning_rate < math.inf, self, "learning_rate", "a positive number")
         _require(0 <= self.momentum < 1, self, "momentum", "0 <= momentum < 1")
         _require(all(0 <= b < 1 for b in self.betas), self, "betas", "two numbers in [0, 1)")
@@ -482,6 +509,7 @@ _DETECTRON2_RPN = RPNConfig(post_nms=(1000, 1000))
 _DETECTRON2_RESNEXT = replace(DETECTRON2, pixel_std=(57.375, 57.12, 58.395))
 _PERSON = ModelConfig(classes=1, mask=None, keypoint=KeypointHeadConfig())  # Section 5
 _DETECTRON2_PERSON = replace(_PERSON, rpn=RPNConfig(post_nms=(1500, 1000)))
+_DETECTRON2_PERSON_RULES = replace(DETECTRON2, box_beta=0.5)
 
 
 def _with(model: ModelConfig, architecture: Architecture, conventions: Conventions = PAPER) -> ModelConfig:
@@ -521,14 +549,17 @@ MODELS = {
     "maskrcnn_resnext101_32x8d_fpn_detectron2": _with(
         ModelConfig(rpn=_DETECTRON2_RPN), "resnext101_32x8d", _DETECTRON2_RESNEXT
     ),
-    "keypointrcnn_resnet50_fpn_detectron2": _with(_DETECTRON2_PERSON, "resnet50", DETECTRON2),
-    "keypointrcnn_resnet101_fpn_detectron2": _with(_DETECTRON2_PERSON, "resnet101", DETECTRON2),
-    "keypointrcnn_resnext101_32x8d_fpn_detectron2": _with(_DETECTRON2_PERSON, "resnext101_32x8d", _DETECTRON2_RESNEXT),
+    "keypointrcnn_resnet50_fpn_detectron2": _with(_DETECTRON2_PERSON, "resnet50", _DETECTRON2_PERSON_RULES),
+    "keypointrcnn_resnet101_fpn_detectron2": _with(_DETECTRON2_PERSON, "resnet101", _DETECTRON2_PERSON_RULES),
+    "keypointrcnn_resnext101_32x8d_fpn_detectron2": _with(
+        _DETECTRON2_PERSON, "resnext101_32x8d", replace(_DETECTRON2_RESNEXT, box_beta=0.5)
+    ),
     # Small enough to train from scratch on two cores in minutes: a ten-layer backbone, three levels, slim heads.
     "maskrcnn_shapes": ModelConfig(
         classes=6,
-        # In so short a training the boxes need the steeper loss that most released codes have.
-        conventions=replace(PAPER, rpn_box_beta=1 / 9, box_beta=1 / 9),
+        # In so short a training the boxes need the steeper loss that most released codes have. And it has no time to
+        # unlearn a shift: a strided 3x3 conv centres cell i on pixel i * stride, which aligned=False takes it for.
+        conventions=replace(PAPER, rpn_box_beta=1 / 9, box_beta=1 / 9, aligned=False),
         backbone=BackboneConfig(
             architecture="resnet10",
             width=32,
@@ -540,8 +571,8 @@ MODELS = {
         ),
         rpn=RPNConfig(anchor_sizes=((20,), (40,), (80,)), pre_nms=(200, 200), post_nms=(80, 80)),
         box=BoxHeadConfig(rois_per_image=64, fc=(256, 256)),
-        mask=MaskHeadConfig(convs=(64, 64, 64), rois_per_image=12),
-        keypoint=KeypointHeadConfig(joints=7, labels=(6,), convs=(64, 64, 64), rois_per_image=12),
+        mask=MaskHeadConfig(convs=(64, 64, 64), rois_per_image=8),
+        keypoint=KeypointHeadConfig(joints=7, labels=(6,), convs=(64, 64, 64), rois_per_image=8),
         head_norm="batch",
     ),
 }
@@ -563,11 +594,13 @@ PRESETS = {name: Config(model) for name, model in MODELS.items()} | {
             iterations=1300,
             batch_size=4,
             optimiser="adamw",
-            learning_rate=2e-3,
+            learning_rate=1e-3,
             betas=(0.9, 0.98),
             weight_decay=0.02,
             schedule="cosine",
             warmup_iterations=104,
+            # Joints are few and their loss is large: unweighted, it shapes the backbone and the boxes hardly do.
+            loss_weights=LossWeights(rpn_box=3.0, box=2.0, keypoint=0.2),
             clip_norm=5.0,
             average=0.998,
             precision="fp32",  # bf16 takes several times as long on processors without instructions for it
@@ -645,6 +678,7 @@ _NESTED = {
     (Config, "model"): ModelConfig,
     (Config, "data"): DataConfig,
     (Config, "train"): TrainConfig,
+    (TrainConfig, "loss_weights"): LossWeights,
     (ModelConfig, "conventions"): Conventions,
     (ModelConfig, "backbone"): BackboneConfig,
     (ModelConfig, "rpn"): RPNConfig,

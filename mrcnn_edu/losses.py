@@ -1,6 +1,7 @@
 """The losses of both stages, as pure functions of tensors.
 
-Chapter 12 (the whole model and its losses). Paper: Section 3, ``L = L_cls + L_box + L_mask``, and Section 5.
+Chapter 12 (the whole model and its losses); one by one in Chapter 6 (anchors), Chapter 10 (boxes), Chapter 11 (masks)
+and Chapter 14 (keypoints). Paper: Section 3, ``L = L_cls + L_box + L_mask``, and Section 5.
 
 Where nothing can be learned (no positive, no visible joint) a loss is zero but still depends on the predictions, so
 that every parameter has a gradient and every process of a distributed run the same graph.
@@ -8,9 +9,20 @@ that every parameter has a gradient and every process of a distributed run the s
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+RPN_LOSSES = ("objectness", "rpn_box")
+HEAD_LOSSES = ("classification", "box", "mask", "keypoint")
+ALL_LOSSES = RPN_LOSSES + HEAD_LOSSES
+
+
+def any_of(names: Collection[str], only: Collection[str]) -> bool:
+    """Is one of the names among those wanted?"""
+    return not set(names).isdisjoint(only)
 
 
 def objectness_loss(logits: Tensor, positive: Tensor, divisor: float) -> Tensor:

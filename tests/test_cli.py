@@ -54,7 +54,7 @@ def trained(folder, tmp_path_factory):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "predict"])
+@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "predict", "reproduce"])
 def test_each_command_explains_itself(capsys, command):
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
@@ -83,7 +83,7 @@ def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "mrcnn_edu", "dmeo"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "mrcnn-edu: unknown command 'dmeo', did you mean 'demo'? Known: demo, train, evaluate, predict\n"
+        "mrcnn-edu: unknown command 'dmeo', did you mean 'demo'? Known: demo, train, evaluate, predict, reproduce\n"
     )
 
 

@@ -322,6 +322,9 @@ def test_released_models_differ_from_the_paper_where_the_table_says_so():
         rpn = MODELS[f"maskrcnn_resnet50_fpn_{implementation}"].rpn
         assert (rpn.pre_nms, rpn.post_nms) == ((2000, 1000), (kept, 1000))
     assert MODELS["maskrcnn_resnext101_32x8d_fpn_detectron2"].conventions.pixel_std == (57.375, 57.12, 58.395)
+    for architecture in ("resnet50", "resnet101", "resnext101_32x8d"):
+        person = MODELS[f"keypointrcnn_{architecture}_fpn_detectron2"]
+        assert person.conventions.box_beta == 0.5 and person.rpn.post_nms == (1500, 1000)
 
 
 # JSON -----------------------------------------------------------------------------------------------

@@ -47,14 +47,17 @@ def take_a_step_and_predict(config: ModelConfig) -> None:
     losses = model(batch, [truth(config), truth(config)])
     heads = {name for name in ("mask", "keypoint") if getattr(config, name) is not None}
     assert set(losses) == {"objectness", "rpn_box", "classification", "box"} | heads
-    assert all(loss.isfinite() and loss > 0 for loss in losses.values()), losses
+    assert all(loss.isfinite() and loss >= 0 for loss in losses.values()), losses
+    if config.box.sampling == "random":  # the hardest may all be negatives, which teach the mask head nothing
+        assert all(loss > 0 for loss in losses.values()), losses
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     torch.optim.SGD(model.parameters(), lr=1e-3).step()
     moved = {name.split(".")[0] for name, value in model.named_parameters() if not torch.equal(value, before[name])}
-    assert moved == {name.split(".")[0] for name in before}
+    still = {name.split(".")[0] for name in before} - moved
+    assert not still or (config.box.sampling == "hardest" and still == {"mask_head"})
     with torch.no_grad():
         found = model.eval()(batch)
     assert [len(part) for part in found] == [5, 5]

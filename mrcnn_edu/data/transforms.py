@@ -8,6 +8,7 @@ Each is a pure function of an image ``[3, H, W]`` and its Target; chance enters 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -97,6 +98,14 @@ def shuffle_channels(image: Tensor, target: Target, order: Tensor | list[int]) -
     return image[order], target
 
 
+class Drawn(NamedTuple):
+    """What chance has decided about one image: its shorter side (px), mirrored or not, the order of its channels."""
+
+    min_size: int
+    mirrored: bool
+    channels: list[int] | None
+
+
 @dataclass(frozen=True)
 class Augment:
     """What happens to an image between the disk and the batch, chance included.
@@ -125,12 +134,21 @@ class Augment:
         return cls((config.test_size,), config.max_size)
 
     def __call__(self, image: Tensor, target: Target, generator: torch.Generator) -> tuple[Tensor, Target]:
+        return self.apply(image, target, self.draw(generator))
+
+    def draw(self, generator: torch.Generator) -> Drawn:
+        """What will happen to one image."""
         choice = int(torch.randint(len(self.min_sizes), (1,), generator=generator))
         chance = torch.rand(2, generator=generator).tolist()
-        order = torch.randperm(3, generator=generator)
-        image, target = resize(image, target, self.min_sizes[choice], self.max_size)
-        if chance[0] < self.flip:
+        order = torch.randperm(3, generator=generator).tolist()
+        shuffled = order if chance[1] < self.channel_shuffle else None
+        return Drawn(self.min_sizes[choice], chance[0] < self.flip, shuffled)
+
+    def apply(self, image: Tensor, target: Target, drawn: Drawn) -> tuple[Tensor, Target]:
+        """Let it happen."""
+        image, target = resize(image, target, drawn.min_size, self.max_size)
+        if drawn.mirrored:
             image, target = flip(image, target, self.flip_pairs)
-        if chance[1] < self.channel_shuffle:
-            image, target = shuffle_channels(image, target, order)
+        if drawn.channels is not None:
+            image, target = shuffle_channels(image, target, drawn.channels)
         return image, target

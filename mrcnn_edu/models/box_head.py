@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mrcnn_edu import boxes as box_ops
 from mrcnn_edu.losses import box_loss, classification_loss, roi_losses
 from mrcnn_edu.matching import IGNORED, POSITIVE, ignore_crowd, match, sample
-from mrcnn_edu.models.mask_head import fc_stack, initialise_fc
+from mrcnn_edu.models.mask_head import conv_stack, fc_stack, initialise_fc
 from mrcnn_edu.models.resnet import Norm
 from mrcnn_edu.ops import batched_nms, nms
 from mrcnn_edu.structures import Detections, Proposals, Samples, Size, Target
@@ -29,6 +29,7 @@ class BoxHead(nn.Module):
     norm     builds a norm after each hidden layer, or None: a large learning rate needs one, since the first layer adds
              up thousands of inputs
     average  begin with the mean over the P x P places, as the head of C4 ends ("ave" in Figure 4, left)
+    convs    widths of 3x3 convs in front, which the paper has not; ``conv_norm`` builds the norm after each, or None
     """
 
     def __init__(
@@ -39,9 +40,13 @@ class BoxHead(nn.Module):
         classes: int,
         norm: Norm | None = None,
         average: bool = False,
+        convs: tuple[int, ...] = (),
+        conv_norm: Norm | None = None,
     ) -> None:
         super().__init__()
         self.classes, self.average = classes, average
+        self.convs = conv_stack(channels, convs, conv_norm)
+        channels = convs[-1] if convs else channels
         inputs = channels if average else channels * pooled_size**2
         self.hidden = fc_stack(inputs, widths, norm)
         self.class_logits = nn.Linear(widths[-1] if widths else inputs, classes + 1)
@@ -52,6 +57,7 @@ class BoxHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = self.convs(pooled)
         hidden = self.hidden(pooled.mean(dim=(2, 3)) if self.average else pooled)  # [R, 1024]
         return self.class_logits(hidden), self.deltas(hidden).reshape(-1, self.classes, 4)
 

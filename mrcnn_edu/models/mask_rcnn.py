@@ -9,6 +9,7 @@ the two is decided by the arguments, never by the training flag, so a validation
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,6 +25,7 @@ from mrcnn_edu.config import (
     lookup,
     model_config,
 )
+from mrcnn_edu.losses import ALL_LOSSES, HEAD_LOSSES, RPN_LOSSES, any_of
 from mrcnn_edu.matching import split_crowd
 from mrcnn_edu.models.backbone import Backbone, Res5, build_backbone
 from mrcnn_edu.models.box_head import (
@@ -81,6 +83,7 @@ class MaskRCNN(nn.Module):
         batch: ImageBatch,
         targets: list[Target] | None = None,
         proposals: list[Proposals] | None = None,
+        only: Collection[str] | None = None,
         boxes_only: bool = False,
     ) -> dict[str, Tensor] | list[Detections]:
         """Losses when targets are given, detections when not; the training flag never decides.
@@ -88,6 +91,8 @@ class MaskRCNN(nn.Module):
         batch      B images in the network's frame
         targets    one per image, in the pixels of ``batch.pixels``
         proposals  one per image, to use in place of the RPN's own (stage-wise training, tests)
+        only       the losses to compute, where the model is trained in stages; None: all. What they do not need is not
+                   run: with ``RPN_LOSSES`` no head, with saved proposals and without ``RPN_LOSSES`` no RPN
         boxes_only detections without masks and keypoints, from a model that has them (Section 4.3)
         returns    the losses "objectness", "rpn_box", "classification", "box" and, where there are such heads, "mask"
                    and "keypoint"; or one Detections per image, in the pixels of ``batch.pixels``
@@ -95,13 +100,16 @@ class MaskRCNN(nn.Module):
         Raises ValueError for targets or proposals that do not fit the batch or the model.
         """
         self.check(batch, targets, proposals)
+        training, only = targets is not None, ALL_LOSSES if only is None else only
         features = self.backbone(self.normalise(batch))  # {"p2": [B, 256, H/4, W/4], ...}
-        guess = self.rpn(features, batch.pixels.shape[-2:])  # anchors, objectness, deltas
-        if proposals is None:
-            proposals = self.propose(guess, batch, training=targets is not None)
-        if targets is None:
+        guess = None
+        if proposals is None or (training and any_of(RPN_LOSSES, only)):
+            guess = self.rpn(features, batch.pixels.shape[-2:])  # anchors, objectness, deltas
+        if proposals is None and (not training or any_of(HEAD_LOSSES, only)):
+            proposals = self.propose(guess, batch, training)
+        if not training:
             return self.detect(features, proposals, batch, boxes_only)
-        return self.losses(features, guess, proposals, batch, targets)
+        return self.losses(features, guess, proposals, batch, targets, only)
 
     def normalise(self, batch: ImageBatch) -> Tensor:
         """Pixels as the backbone wants them: channel order, range, mean and deviation; zero where padded."""
@@ -133,15 +141,27 @@ class MaskRCNN(nn.Module):
     def losses(
         self,
         features: dict[str, Tensor],
-        guess: Guess,
-        proposals: list[Proposals],
+        guess: Guess | None,
+        proposals: list[Proposals] | None,
         batch: ImageBatch,
         targets: list[Target],
+        only: Collection[str] = ALL_LOSSES,
     ) -> dict[str, Tensor]:
-        """Every loss of both stages; their sum is what training minimises (Section 3, L = L_cls + L_box + L_mask)."""
-        rpn, box, rules = self.config.rpn, self.config.box, self.config.conventions
+        """The losses of both stages; their sum is what training minimises (Section 3, L = L_cls + L_box + L_mask)."""
         targets, crowds = zip(*map(split_crowd, targets))
-        losses = rpn_losses(
+        losses: dict[str, Tensor] = {}
+        if any_of(RPN_LOSSES, only):
+            losses |= self.first_stage(guess, batch, targets, crowds)
+        if any_of(HEAD_LOSSES, only):
+            losses |= self.second_stage(features, proposals, targets, crowds)
+        return {name: loss for name, loss in losses.items() if name in only}
+
+    def first_stage(
+        self, guess: Guess, batch: ImageBatch, targets: Sequence[Target], crowds: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """The RPN's losses; targets hold single instances, crowds the boxes of each image's crowd regions."""
+        rpn, rules = self.config.rpn, self.config.conventions
+        return rpn_losses(
             guess,
             targets,
             crowds,
@@ -156,10 +176,20 @@ class MaskRCNN(nn.Module):
             rules.crowd_overlap,
             rules.plus_one,
         )
+
+    def second_stage(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Proposals],
+        targets: Sequence[Target],
+        crowds: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """The losses of the heads, all on the same sampled rois."""
+        box, rules = self.config.box, self.config.conventions
         samples = self.sample(features, proposals, targets, crowds)
         maps = self.roi_maps(self.box_features, features, [part.boxes for part in samples])
         class_logits, deltas = self.box_head(maps)
-        losses |= box_head_losses(
+        losses = box_head_losses(
             class_logits, deltas, samples, targets, box.delta_weights, rules.box_beta, rules.plus_one
         )
         if self.mask_head is not None:
@@ -264,15 +294,19 @@ class MaskRCNN(nn.Module):
 
     def detect_keypoints(self, features: dict[str, Tensor], detections: list[Detections]) -> list[Detections]:
         """The detections with ``keypoints``; zeros for classes that have none."""
-        branch, complete = self.config.keypoint, []
-        rows = [rows_with_keypoints(found.labels, branch.labels) for found in detections]
-        boxes = [found.boxes[chosen] for found, chosen in zip(detections, rows)]
-        logits = self.keypoint_head(self.roi_maps(self.keypoint_features, features, boxes))
-        for found, chosen, part in zip(detections, rows, logits.split([len(chosen) for chosen in rows])):
-            keypoints = torch.zeros(len(found), branch.joints, 3, device=part.device)
-            keypoints[chosen] = keypoint_ops.decode(part, found.boxes[chosen])
+        complete = []
+        for found, (chosen, logits) in zip(detections, self.keypoint_maps(features, detections)):
+            keypoints = torch.zeros(len(found), self.config.keypoint.joints, 3, device=logits.device)
+            keypoints[chosen] = keypoint_ops.decode(logits, found.boxes[chosen])
             complete.append(replace(found, keypoints=keypoints))
         return complete
+
+    def keypoint_maps(self, features: dict[str, Tensor], detections: list[Detections]) -> list[tuple[Tensor, Tensor]]:
+        """For each image the rows of its detections that have keypoints, and their keypoint logits [n, J, M, M]."""
+        rows = [rows_with_keypoints(found.labels, self.config.keypoint.labels) for found in detections]
+        boxes = [found.boxes[chosen] for found, chosen in zip(detections, rows)]
+        logits = self.keypoint_head(self.roi_maps(self.keypoint_features, features, boxes))
+        return list(zip(rows, logits.split([len(chosen) for chosen in rows])))
 
     def check(self, batch: ImageBatch, targets: list[Target] | None, proposals: list[Proposals] | None) -> None:
         """Refuse what does not fit: wrong counts, labels outside 1..K, boxes without area or not finite."""
@@ -301,7 +335,8 @@ def build_model(model: str | ModelConfig = "maskrcnn_resnet50_fpn", conventions:
         return FrozenBatchNorm(channels, rules.frozen_norm_eps) if body.norm == "frozen" else nn.BatchNorm2d(channels)
 
     conv_norm = nn.BatchNorm2d if config.head_norm == "batch" else None
-    fc_norm = nn.LayerNorm if config.head_norm == "batch" else None  # a step may have a single roi, which is no batch
+    # A step may have a single roi, which is no batch; behind convs with a norm the layers need none
+    fc_norm = nn.LayerNorm if config.head_norm == "batch" and not config.box.convs else None
 
     backbone = build_backbone(body, norm, conv_norm, rules.stride_in)
     rpn = RPN(
@@ -311,6 +346,7 @@ def build_model(model: str | ModelConfig = "maskrcnn_resnet50_fpn", conventions:
         config.rpn.anchor_ratios,
         rules.anchor_rounding,
         exact_stride=rules.anchor_stride == "level",
+        convs=config.rpn.convs,
     )
 
     def roi_features(branch: BoxHeadConfig | MaskHeadConfig | KeypointHeadConfig) -> RoIFeatures:
@@ -324,7 +360,9 @@ def build_model(model: str | ModelConfig = "maskrcnn_resnet50_fpn", conventions:
     heads: dict[str, nn.Module | None] = {
         "res5": res5,
         "box_features": roi_features(box),
-        "box_head": BoxHead(channels, box.pooled_size, box.fc, config.classes, fc_norm, average=res5 is not None),
+        "box_head": BoxHead(
+            channels, box.pooled_size, box.fc, config.classes, fc_norm, res5 is not None, box.convs, conv_norm
+        ),
     }
     if mask is not None:
         side = mask.pooled_size if res5 is None else res5.side(mask.pooled_size)
