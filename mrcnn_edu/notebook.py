@@ -71,20 +71,13 @@ def show_native(file: str, name: str) -> NativeSource:
 def _native_piece(lines: list[str], name: str) -> tuple[int, str]:
     """The first line's index and the text from the comment above a definition to the brace that closes it."""
     for number, line in enumerate(lines):
-        if (
-            re.search(rf"\b{re.escape(name)}\b", line)
-            and re.match(r"[a-zA-Z]", line)
-            and not line.rstrip().endswith(";")
-        ):
-            first = number
+        if re.search(rf"\b{re.escape(name)}\b", line) and re.match(r"\w", line) and not line.rstrip().endswith(";"):
+            first, last = number, number
             while first > 0 and re.match(r"//|template", lines[first - 1]):
                 first -= 1
-            end = (
-                number
-                if line.rstrip().endswith("}")
-                else number + next(offset for offset, below in enumerate(lines[number:]) if re.match(r"\}", below))
-            )
-            return first, "\n".join(lines[first : end + 1])
+            while not re.match(r"\}|\w.*\}$", lines[last]):
+                last += 1
+            return first, "\n".join(lines[first : last + 1])
     raise ValueError(f"no definition of {name} begins at the margin")
 
 
