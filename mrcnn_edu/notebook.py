@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import sys
 import textwrap
 import time
@@ -40,6 +41,44 @@ class Source:
 def show_source(*things: Any, lines: int | None = None) -> Source:
     """The source of functions, classes or modules of this package (or its first lines), to stand last in a cell."""
     return Source(*things, lines=lines)
+
+
+class NativeSource:
+    """A piece of the C++ or CUDA sources, as a notebook and the book show it; without a checkout, where it would be."""
+
+    def __init__(self, file: str, name: str) -> None:
+        """file: below ``csrc/``; name: of a function, struct or kernel that begins at the margin."""
+        path = Path(__file__).parent.parent / "csrc" / file
+        self.place, self.code = f"csrc/{file}", None
+        if path.exists():
+            first, self.code = _native_piece(path.read_text(encoding="utf-8").split("\n"), name)
+            self.place += f", line {first + 1}"
+
+    def _repr_markdown_(self) -> str:
+        if self.code is None:
+            return f"*{self.place}: the repository has it, an installed library does not.*"
+        return f"*{self.place}*\n\n````cpp\n{self.code}\n````"
+
+    def __repr__(self) -> str:
+        return f"// {self.place}\n{self.code or ''}"
+
+
+def show_native(file: str, name: str) -> NativeSource:
+    """A function, struct or kernel of the C++ or CUDA sources with the comment above it, to stand last in a cell."""
+    return NativeSource(file, name)
+
+
+def _native_piece(lines: list[str], name: str) -> tuple[int, str]:
+    """The first line's index and the text from the comment above a definition to the brace that closes it."""
+    for number, line in enumerate(lines):
+        if re.search(rf"\b{re.escape(name)}\b", line) and re.match(r"\w", line) and not line.rstrip().endswith(";"):
+            first, last = number, number
+            while first > 0 and re.match(r"//|template", lines[first - 1]):
+                first -= 1
+            while not re.match(r"\}|\w.*\}$", lines[last]):
+                last += 1
+            return first, "\n".join(lines[first : last + 1])
+    raise ValueError(f"no definition of {name} begins at the margin")
 
 
 def _first(code: str, count: int | None) -> str:

@@ -7,6 +7,7 @@ import io
 import re
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,3 +194,19 @@ def test_charts_stand_beside_each_other_without_a_ground():
 def test_decorated_functions_show_where_they_were_written():
     shown = notebook.show_source(rpn.propose)._repr_markdown_()  # under torch.no_grad
     assert "mrcnn_edu/models/rpn.py" in shown and "def propose(" in shown
+
+
+def test_native_source_is_included_as_it_is():
+    shown = notebook.show_native("roi_math.h", "taps_at")
+    file = Path(notebook.__file__).parent.parent / "csrc/roi_math.h"
+    assert shown.code in file.read_text(encoding="utf-8")
+    assert shown.code.startswith("// The border continues") and shown.code.endswith("part};\n}")
+    line = int(re.search(r"line (\d+)", shown._repr_markdown_())[1])
+    assert file.read_text(encoding="utf-8").split("\n")[line - 1] == shown.code.split("\n")[0]
+    assert repr(notebook.show_native("cuda/numbers.cuh", "first_item")).rstrip().endswith("threadIdx.x; }")
+    with pytest.raises(ValueError, match="no definition of nothing_at_all"):
+        notebook.show_native("roi_math.h", "nothing_at_all")
+
+
+def test_native_source_without_a_checkout_says_so():
+    assert "the repository has it" in notebook.show_native("no_such_file.h", "x")._repr_markdown_()
