@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from mrcnn_edu.cli_tools import Convert, Export
+from mrcnn_edu.models.mask_rcnn import MaskRCNN
 from mrcnn_edu.program import save_program
 from mrcnn_edu.published import is_published, load_published, open_weights, split_source
 from mrcnn_edu.training.checkpoint import write_atomically
@@ -46,6 +47,8 @@ def convert(options: Convert) -> None:
 def export(options: Export) -> None:
     """Trained weights as a torch.export program for images of one size."""
     model, _, _ = open_weights(options.weights, None, None)
+    if not isinstance(model, MaskRCNN):
+        raise ValueError(f"{options.weights} holds two networks; export the folder of its last stage")
     out: Path = options.out
     out.parent.mkdir(parents=True, exist_ok=True)
     save_program(model, (options.height, options.width), out)
