@@ -141,7 +141,7 @@ def test_chapters_have_the_skeleton(path):
         if "proof" in tags:
             assert re.search(r"\bassert\b|assert_close", source), "a proof asserts something"
         if "source" in tags:
-            assert "show_source(" in source or "inspect" in source
+            assert re.search(r"show_(source|native)\(|inspect", source)
         if "interactive" in tags:
             assert re.search(r"\b(explore|frames)\(", source) or "widgets." in source
 
