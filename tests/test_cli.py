@@ -83,7 +83,8 @@ def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "mrcnn_edu", "dmeo"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "mrcnn-edu: unknown command 'dmeo', did you mean 'demo'? Known: demo, train, evaluate, predict, reproduce\n"
+        "mrcnn-edu: unknown command 'dmeo', did you mean 'demo'? "
+        "Known: demo, train, evaluate, predict, reproduce, check, convert, export\n"
     )
 
 
