@@ -7,13 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from mrcnn_edu.config import Config
 from mrcnn_edu.experiments import trained_as
-from mrcnn_edu.models.mask_rcnn import build_model
 from mrcnn_edu.recipes import Experiment
-from mrcnn_edu.training.schedule import in_words
 
 RATES_FROM = "detectron2's model zoo: 8 V100 GPUs, 16 images per iteration"
 # (architecture, features, keypoints instead of masks): seconds per iteration, GB per GPU with 2 images
@@ -127,6 +123,11 @@ def training_plan(config: Config, images: int, gpus: int, gpu: str, price: float
     Memory is that of weights, gradients and optimiser, counted, and the published peak of the model most alike with 2
     images per GPU, in proportion to the images at once. Raises ValueError where the GPUs do not divide the batch.
     """
+    import torch  # here, so that the plans of experiments need not wait for it
+
+    from mrcnn_edu.models.mask_rcnn import build_model
+    from mrcnn_edu.training.schedule import in_words
+
     train = config.train
     if gpus < 1 or gpu not in GPUS:
         raise ValueError(f"a plan is for one or more of {', '.join(GPUS)}, got {gpus} of {gpu!r}")
