@@ -25,7 +25,7 @@ SKELETON = ((1, 2), (2, 3), (2, 4), (2, 5), (3, 6), (3, 7))  # limbs as pairs of
 FLIP_PAIRS = ((3, 4), (5, 6))  # joints that change places in a mirror, counted from 0
 
 # How hard the scenes are to learn from. Random colours on both sides of an edge teach nothing until a network has found
-# out that only the edge matters; gentle values bring that moment into the first minute of training on two cores.
+# out that only the edge matters; the gentler the values, the sooner that moment comes.
 TILT = 0.25  # radians a shape leans at most to either side
 CONTRAST = 0.4  # of the full range, by which at least one channel of a shape differs from what it is painted on
 TEXTURE = 0.2  # how far a texture's second colour goes from the first towards another random one
