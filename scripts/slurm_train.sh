@@ -27,14 +27,16 @@ if [ -f "$RUN/config.json" ]; then START=(--resume); fi
 
 # torchrun's own store would outlive a restart with the addresses of the dead in it
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-HOST=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+HOST=${HOSTS%%$'\n'*} # not by head, whose early end is scontrol's failure
 
+STOPPED='' STATUS=0
+trap 'STOPPED=1; scancel --signal=TERM "$SLURM_JOB_ID.0"' TERM
 srun torchrun \
     --nnodes="$SLURM_NNODES" --nproc_per_node="$GPUS" --max-restarts=3 \
     --rdzv-backend=c10d --rdzv-endpoint="$HOST:29500" --rdzv-id="$SLURM_JOB_ID" \
     -m mrcnn_edu train "${START[@]}" --out "$RUN" &
-STEP=$! STOPPED='' STATUS=0
-trap 'STOPPED=1; scancel --signal=TERM "$SLURM_JOB_ID.0"' TERM
+STEP=$!
 wait "$STEP" || STATUS=$?
 if [ -n "$STOPPED" ]; then # the trap has interrupted the waiting
     wait "$STEP" || STATUS=$?
