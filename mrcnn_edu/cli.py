@@ -1,4 +1,4 @@
-"""The ``mrcnn-edu`` command: what can be typed, and how it is understood. ``commands`` and ``reproducing`` do the work.
+"""The ``mrcnn-edu`` command: what can be typed, and how it is understood; ``HOMES`` says who does it.
 
 Chapter 18 (your own data). Every field of a configuration is an option: ``--model.rpn.nms-threshold 0.5``.
 
@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import Positional, arg
 from tyro.extras import subcommand_cli_from_dict
 
+from mrcnn_edu.cli_tools import DEMO_WEIGHTS, Check, Convert, Export, Flag
 from mrcnn_edu.config import (
     CONVENTIONS,
     PRESETS,
@@ -35,8 +36,6 @@ from mrcnn_edu.config import (
     preset,
 )
 
-Flag = FlagCreatePairsOff[bool]
-DEMO_WEIGHTS = Path("runs/demo/weights.safetensors")
 DESCRIPTION = """Mask R-CNN, exact and readable: train it, measure it, use it.
 
 Begin with "mrcnn-edu demo". Each command explains itself: "mrcnn-edu train --help"."""
@@ -79,8 +78,15 @@ class Train:
     config: Path | None = None  # start from this config.json of a run instead of from a preset
     out: Path = Path("runs/train")  # folder of the run
     batch: int | None = None  # images per iteration over all processes; rate, iterations and steps follow (linear rule)
+    plan: Flag = False  # only say what it would take: schedule, global batch, memory, hours and cost, on ...
+    gpus: int = 8  # ... so many GPUs ...
+    gpu: Literal["v100", "a100", "h100"] = "h100"  # ... of this kind ...
+    price: float | None = None  # ... at this price of one of them for an hour
     resume: Flag = False  # continue from the last checkpoint in --out, with the config.json there
     backbone: Path | None = None  # torchvision's ImageNet weights of the ResNet: a .pth file, or torchvision:resnet50
+    start: Path | None = None  # start from the model of this run, class by class as far as the names agree
+    rename: tuple[str, ...] = ()  # our=theirs, such as mcycle=motorcycle: classes that --start has under other names
+    procedure: Literal["end-to-end", "stagewise", "four-step"] = "end-to-end"  # RPN and heads jointly or in turn
     device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -169,7 +175,11 @@ class Reproduce:
     device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
 
 
-COMMANDS = {"demo": Demo, "train": Train, "evaluate": Evaluate, "predict": Predict, "reproduce": Reproduce}
+HOMES = {"Reproduce": "reproducing", "Check": "checking", "Convert": "converting", "Export": "converting"}
+COMMANDS = {
+    "demo": Demo, "train": Train, "evaluate": Evaluate, "predict": Predict, "reproduce": Reproduce,
+    "check": Check, "convert": Convert, "export": Export,
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -181,8 +191,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
-        home = "mrcnn_edu.reproducing" if isinstance(options, Reproduce) else "mrcnn_edu.commands"
-        run = getattr(import_module(home), type(options).__name__.lower())
+        name = type(options).__name__
+        run = getattr(import_module(f"mrcnn_edu.{HOMES.get(name, 'commands')}"), name.lower())
         with first_process_speaks():
             run(options)
     except KeyboardInterrupt:
@@ -221,7 +231,7 @@ def sentence(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def parse(arguments: list[str]) -> Demo | Train | Evaluate | Predict | Reproduce:
+def parse(arguments: list[str]) -> Any:
     """What a command line asks for; exits after --help (0) and after a mistake (2), naming the nearest right option."""
     if not arguments or arguments[0].startswith("-"):
         about = arguments or ["--help"]

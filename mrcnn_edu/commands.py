@@ -5,11 +5,7 @@ Chapter 18 (your own data).
 
 from __future__ import annotations
 
-import glob
-import os
 import re
-from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +17,7 @@ from tqdm import tqdm
 from mrcnn_edu import demo as demo_run
 from mrcnn_edu import ops
 from mrcnn_edu.augmentation import Augmentation
-from mrcnn_edu.cli import Demo, Evaluate, Predict, Train, read_config
+from mrcnn_edu.cli import Demo, Evaluate, Predict, Train
 from mrcnn_edu.config import Config, DataConfig, ModelConfig, TrainConfig, for_categories
 from mrcnn_edu.data.cityscapes import CityscapesDataset
 from mrcnn_edu.data.coco import CategoryMap, CocoDataset, flip_pairs, read_image
@@ -37,20 +33,26 @@ from mrcnn_edu.inference import predict as predict_image
 from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
 from mrcnn_edu.models.unshared import Unshared
 from mrcnn_edu.ops import paste_masks
-from mrcnn_edu.published import imagenet_state, is_published, label_table, load_published, split_source
+from mrcnn_edu.pictures import find_pictures, picture_names
+from mrcnn_edu.planning import training_plan
+from mrcnn_edu.published import (
+    imagenet_state,
+    is_published,
+    label_table,
+    open_weights,
+    split_source,
+    start_backbone,
+)
 from mrcnn_edu.structures import Detections
 from mrcnn_edu.training.checkpoint import write_json
 from mrcnn_edu.training.distributed import connected
-from mrcnn_edu.training.export import load_model
 from mrcnn_edu.training.loop import train as train_model
 from mrcnn_edu.training.randomness import seed_rng
 from mrcnn_edu.training.schedule import linear_rule
 from mrcnn_edu.training.setup import choose_device
-from mrcnn_edu.training.stages import last_stage, load_stages
+from mrcnn_edu.training.stages import PROCEDURES, train_stages
+from mrcnn_edu.transfer import transfer
 from mrcnn_edu.visualize import draw
-from mrcnn_edu.weights import load_imagenet
-
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jp2", ".avif"}
 
 
 def demo(options: Demo) -> None:
@@ -64,21 +66,36 @@ def demo(options: Demo) -> None:
 
 
 def train(options: Train) -> None:
-    """Train on COCO-format data and leave a run in ``options.out``."""
+    """Train on COCO-format data and leave a run in ``options.out``; or only say what that would take."""
+    if options.plan:
+        config, train_data, _ = configure(options)
+        print(training_plan(config, len(train_data), options.gpus, options.gpu, options.price))
+        return
     with connected(options.device) as world:
         if options.backbone is not None and is_published(options.backbone):
             world.from_first(lambda: imagenet_state(*split_source(options.backbone)) and None)  # downloads it once
         with world.together():
-            config, model, train_data, val_data = prepare(options)
-        summary = train_model(config, model, train_data, val_data, options.out, options.resume, device=options.device)
+            config, train_data, val_data = configure(options)
+            seed_rng(config.train.seed)
+            model = build_model(config.model)
+            if options.start is not None:
+                start_from(model, train_data.categories, options)
+            else:
+                start_backbone(model, options.backbone, options.resume)
+        arguments = (config, model, train_data, val_data, options.out, options.resume)
+        if options.procedure == "end-to-end":
+            summary, where = train_model(*arguments, device=options.device), options.out / "weights.safetensors"
+        else:
+            stages = PROCEDURES[options.procedure]
+            summary, where = train_stages(stages, *arguments, device=options.device)[stages[-1].name], options.out
     for kind in summary.get("evaluation", {}):
         if kind in FILES:
             print(f"{kind} AP {summary['evaluation'][kind]['AP']}")
-    print(f"The run: {options.out}, its weights: {options.out / 'weights.safetensors'}")
+    print(f"The run: {options.out}, its weights: {where}")
 
 
-def prepare(options: Train) -> tuple[Config, MaskRCNN, CocoDataset, CocoDataset | None]:
-    """What the training is made of, as the options say: its configuration, a model and the data."""
+def configure(options: Train) -> tuple[Config, CocoDataset, CocoDataset | None]:
+    """What the training is made of, as the options say: its configuration and the data."""
     with_keypoints = options.model.keypoint is not None
     data = options.data if options.folder is None else with_folder(options.data, options.folder, with_keypoints)
     if not data.train_images or not data.train_annotations:
@@ -87,11 +104,21 @@ def prepare(options: Train) -> tuple[Config, MaskRCNN, CocoDataset, CocoDataset 
     val_data = open_dataset(data.val_images, data.val_annotations, data.strict) if data.val_annotations else None
     model_config = for_categories(options.model, train_data.categories)
     say_model(model_config, train_data.categories, with_keypoints)
-    config = Config(model_config, data, with_batch(options.train, options.batch, options.resume))
-    seed_rng(config.train.seed)
-    model = build_model(config.model)
-    start_backbone(model, options.backbone, options.resume)
-    return config, model, train_data, val_data
+    return Config(model_config, data, with_batch(options.train, options.batch, options.resume)), train_data, val_data
+
+
+def start_from(model: MaskRCNN, categories: CategoryMap, options: Train) -> None:
+    """Start from the model of another run and say which classes it knows."""
+    if options.backbone is not None:
+        raise ValueError("--start takes the place of --backbone; leave one of them out")
+    pairs = [pair.partition("=") for pair in options.rename]
+    if not all(ours and theirs for ours, _, theirs in pairs):
+        raise ValueError(f"--rename wants our=theirs, such as mcycle=motorcycle, got {' '.join(options.rename)}")
+    source, known, _ = open_weights(options.start, None, None)
+    source = source.detector if isinstance(source, Unshared) else source
+    matches = transfer(model, categories, source, known, {ours: theirs for ours, _, theirs in pairs})
+    fresh = [name for name, found in matches.items() if found is None]
+    print(f"{len(matches) - len(fresh)} classes start as in {options.start}; at random: {', '.join(fresh) or 'none'}")
 
 
 def with_batch(config: TrainConfig, batch: int | None, resume: bool) -> TrainConfig:
@@ -118,25 +145,6 @@ def say_model(config: ModelConfig, categories: CategoryMap, wanted_keypoints: bo
     print(f"{config.classes} classes ({shown}); branches: {', '.join(branches)}; ops: {ops.backend()}")
     if wanted_keypoints and config.keypoint is None:
         print("The annotations have no keypoints: the keypoint branch is left out")
-
-
-def start_backbone(model: MaskRCNN, weights: Path | None, resume: bool) -> None:
-    """Load ImageNet weights into the backbone; refuse to train one whose frozen parts would stay random."""
-    if weights is not None and is_published(weights):
-        load_imagenet(model.backbone.resnet, imagenet_state(*split_source(weights)), model.res5)
-    elif weights is not None:
-        try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as error:  # a file of another kind can fail in any way inside the reader
-            raise ValueError(f"{weights} is not a PyTorch weights file: {str(error).splitlines()[0]}") from error
-        load_imagenet(model.backbone.resnet, state, model.res5)
-    elif model.config.backbone.norm == "frozen" and not resume:
-        raise ValueError(
-            "this backbone has frozen parts that need ImageNet weights: give torchvision's file with --backbone, or "
-            "train all of it from scratch with --model.backbone.norm batch --model.backbone.frozen-stages 0"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,26 +224,6 @@ def augmentation_of(options: Evaluate | Predict, config: DataConfig, pairs: Flip
     return Augmentation(sizes, max(longest, *sizes), options.mirror, pairs, options.vote)
 
 
-def open_weights(
-    path: Path, min_size: int | None, max_size: int | None
-) -> tuple[MaskRCNN | Unshared, CategoryMap, DataConfig]:
-    """A trained model, its categories, and the size at which it should see images; stages end in one model or two."""
-    if is_published(path):
-        model, categories = load_published(*split_source(path))
-        data = DataConfig()
-    else:
-        if (path / "stages.json").exists():
-            model, categories = load_stages(path)
-            beside = path / last_stage(path) / "config.json"
-        else:
-            path = path / "weights.safetensors" if path.is_dir() else path
-            model, categories = load_model(path)
-            beside = path.with_name("config.json")
-        data = read_config(beside).data if beside.exists() else DataConfig()
-    data = replace(data, max_size=max_size or max(data.max_size, min_size or 0), min_size=(1,))
-    return model, categories, replace(data, test_size=min_size or data.test_size)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Predict
 # ---------------------------------------------------------------------------------------------------------------------
@@ -270,35 +258,6 @@ def predict(options: Predict) -> None:
     print(f"{len(results['box'])} detections in {len(images)} pictures: {options.out}")
     if problems:
         raise OSError(f"{len(problems)} of {len(paths)} pictures could not be read: {'; '.join(problems[:5])}")
-
-
-def find_pictures(patterns: tuple[str, ...]) -> list[Path]:
-    """The picture files that are meant, each once, in order; everything named must exist."""
-    if not patterns:
-        raise ValueError('no pictures: name files, folders or patterns such as "photos/*.jpg"')
-    paths: list[Path] = []
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
-        elif path.exists():
-            found = [path]
-        else:
-            found = sorted(Path(file) for file in glob.glob(pattern, recursive=True) if Path(file).is_file())
-        if not found:
-            raise FileNotFoundError(f"no picture at {pattern}")
-        paths += found
-    return list(dict.fromkeys(paths))
-
-
-def picture_names(paths: list[Path]) -> tuple[dict[Path, str], dict[Path, str]]:
-    """Each picture's name below the folder that holds them all, and the same without its suffix where that suffices."""
-    full = {path: path.resolve() for path in paths}
-    top = Path(os.path.commonpath([path.parent for path in full.values()]))
-    names = {path: where.relative_to(top) for path, where in full.items()}
-    counts = Counter(name.with_suffix("") for name in names.values())
-    plain = {path: name.with_suffix("") if counts[name.with_suffix("")] == 1 else name for path, name in names.items()}
-    return {path: name.as_posix() for path, name in names.items()}, {path: str(name) for path, name in plain.items()}
 
 
 def save_listing(out: Path, images: list[dict], categories: CategoryMap, results: dict[str, list[dict]]) -> None:

@@ -1,4 +1,4 @@
-"""What a row of the paper costs in full: the command, the hours and the memory, from rates that others have published.
+"""What a training costs in full, a row of the paper or one of your own: hours and memory, from published rates.
 
 Chapter 19 (many GPUs).
 """
@@ -111,3 +111,52 @@ def rate(config: Config) -> tuple[float, float]:
     if body.architecture == "resnext152_32x8d":
         return seconds * DEEPER, gigabytes * DEEPER
     return seconds, gigabytes
+
+
+def training_plan(config: Config, images: int, gpus: int, gpu: str, price: float | None = None) -> str:
+    """What a training takes, before anything starts: schedule, global batch, memory per GPU, hours and cost, in lines.
+
+    images     in the training data
+    gpus, gpu  how many of which kind, a key of ``GPUS``
+    price      of one GPU for an hour, in whatever currency
+
+    Memory is that of weights, gradients and optimiser, counted, and the published peak of the model most alike with 2
+    images per GPU, in proportion to the images at once. Raises ValueError where the GPUs do not divide the batch.
+    """
+    import torch  # here, so that the plans of experiments need not wait for it
+
+    from mrcnn_edu.models.mask_rcnn import build_model
+    from mrcnn_edu.training.schedule import in_words
+
+    train = config.train
+    if gpus < 1 or gpu not in GPUS:
+        raise ValueError(f"a plan is for one or more of {', '.join(GPUS)}, got {gpus} of {gpu!r}")
+    if train.batch_size % (gpus * train.accumulate):
+        raise ValueError(
+            f"{gpus} GPUs x {train.accumulate} parts (train.accumulate) cannot share the {train.batch_size} images of "
+            "an iteration; choose others, or another --batch"
+        )
+    with torch.device("meta"):  # shapes without memory
+        model = build_model(config.model)
+    weights = sum(value.numel() for value in model.parameters())
+    trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    copies = 4 * (weights * (2 if train.average else 1) + trained * (2 if train.optimiser == "sgd" else 3)) / 2**30
+    at_once = train.batch_size // (gpus * train.accumulate)
+    lines = [
+        in_words(train, images, gpus),
+        f"{weights / 1e6:.1f} M weights, {trained / 1e6:.1f} M of them trained: {copies:.2f} GiB with gradients and "
+        f"optimiser on each GPU",
+    ]
+    try:
+        seconds, gigabytes = rate(config)
+    except KeyError:
+        return "\n".join([*lines, "memory, hours and cost: no rate is published for a model like this one"])
+    speed, source = GPUS[gpu]
+    hours = train.iterations * seconds * train.batch_size / 16 * 8 / gpus / speed / 3600
+    cost = "" if price is None else f", {hours * gpus * price:,.0f} at {price:g} per GPU and hour"
+    lines += [
+        f"about {gigabytes * max(at_once, 1) / 2:.1f} GB per GPU with {at_once} images at once",
+        f"about {hours:.1f} h on {gpus} {gpu.upper()}: {hours * gpus:.0f} GPU hours{cost}",
+        f"from {'; '.join(dict.fromkeys((RATES_FROM, source)))}",
+    ]
+    return "\n".join(lines)

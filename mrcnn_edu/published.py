@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mrcnn_edu.cli import read_config
 from mrcnn_edu.config import (
     TORCHVISION,
     BackboneConfig,
     BoxHeadConfig,
+    DataConfig,
     KeypointHeadConfig,
     ModelConfig,
     RPNConfig,
@@ -29,7 +31,10 @@ from mrcnn_edu.config import (
 from mrcnn_edu.data.coco import CategoryMap
 from mrcnn_edu.data.coco_json import Category
 from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
-from mrcnn_edu.weights import load_torchvision
+from mrcnn_edu.models.unshared import Unshared
+from mrcnn_edu.training.export import load_model
+from mrcnn_edu.training.stages import load_stages
+from mrcnn_edu.weights import load_imagenet, load_torchvision
 
 PREFIX = "torchvision:"
 
@@ -163,3 +168,42 @@ def label_table(known: CategoryMap, wanted: CategoryMap) -> Tensor:
             )
         table[known.label(category.id)] = label
     return table
+
+
+def open_weights(
+    path: Path, min_size: int | None, max_size: int | None
+) -> tuple[MaskRCNN | Unshared, CategoryMap, DataConfig]:
+    """A trained model, its categories, and the size at which it should see images; stages end in one model or two."""
+    if is_published(path):
+        model, categories = load_published(*split_source(path))
+        data = DataConfig()
+    else:
+        if (path / "stages.json").exists():
+            model, categories = load_stages(path)
+            beside = path / "config.json"
+        else:
+            path = path / "weights.safetensors" if path.is_dir() else path
+            model, categories = load_model(path)
+            beside = path.with_name("config.json")
+        data = read_config(beside).data if beside.exists() else DataConfig()
+    data = replace(data, max_size=max_size or max(data.max_size, min_size or 0), min_size=(1,))
+    return model, categories, replace(data, test_size=min_size or data.test_size)
+
+
+def start_backbone(model: MaskRCNN, weights: Path | None, resume: bool) -> None:
+    """Load ImageNet weights into the backbone; refuse to train one whose frozen parts would stay random."""
+    if weights is not None and is_published(weights):
+        load_imagenet(model.backbone.resnet, imagenet_state(*split_source(weights)), model.res5)
+    elif weights is not None:
+        try:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # a file of another kind can fail in any way inside the reader
+            raise ValueError(f"{weights} is not a PyTorch weights file: {str(error).splitlines()[0]}") from error
+        load_imagenet(model.backbone.resnet, state, model.res5)
+    elif model.config.backbone.norm == "frozen" and not resume:
+        raise ValueError(
+            "this backbone has frozen parts that need ImageNet weights: give torchvision's file with --backbone, or "
+            "train all of it from scratch with --model.backbone.norm batch --model.backbone.frozen-stages 0"
+        )

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from mrcnn_edu.cli import Reproduce
-from mrcnn_edu.commands import start_backbone
 from mrcnn_edu.comparison import as_text, draw
 from mrcnn_edu.data import shapes
 from mrcnn_edu.data.coco import CocoDataset
@@ -20,6 +19,7 @@ from mrcnn_edu.data.layouts import find_split, open_dataset
 from mrcnn_edu.data.parts import Subset, with_keypoints
 from mrcnn_edu.experiments import ROWS, TABLES, find
 from mrcnn_edu.planning import plan
+from mrcnn_edu.published import start_backbone
 from mrcnn_edu.recipes import TOY_SIDE, Experiment
 from mrcnn_edu.reproduce import Datasets, Setting, run
 from mrcnn_edu.training.distributed import World, connected

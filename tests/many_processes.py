@@ -182,7 +182,7 @@ def evaluating(out: Path, val_data: CocoDataset) -> None:
 
         def work(_: int, size: int = size) -> dict:
             with connected("cpu") as world:
-                found, _ = measure(tiny_model(3), val_data, DATA, out / f"results-{size}", progress=False, world=world)
+                found, _ = measure(tiny_model(8), val_data, DATA, out / f"results-{size}", progress=False, world=world)
             return found.to_json()
 
         processes(size, out / f"evaluating-{size}", work)

@@ -286,6 +286,15 @@ def test_every_chapter_shows_a_module_of_its_own(path):
     assert imported(ast.parse(code(path))) & (mine | packages)
 
 
+def test_the_reference_names_modules_that_exist():
+    named = re.findall(r"automodule:: (\S+)", (BOOK / "api.md").read_text())
+    assert len(set(named)) == len(named) > 20
+    for name in named:
+        assert importlib.util.find_spec(name) is not None, name
+    homes = {f"mrcnn_edu.{home}" for home in importlib.import_module("mrcnn_edu")._HOME}
+    assert homes <= set(named), "every name the package exports is in the reference"
+
+
 SECTIONS = [
     "Abstract", "Section 1", "Section 2", "Section 3", "Section 3.1", "Section 4", "Section 4.1", "Section 4.2",
     "Section 4.3", "Section 4.4", "Section 5", "Appendix A", "Appendix B",

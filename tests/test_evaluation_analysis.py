@@ -97,7 +97,7 @@ def test_curves_belong_to_the_numbers(dataset: CocoDataset) -> None:
     """AP50 of a class is the mean of its curve at IoU 0.5; one of two cats found is precision 1 up to recall 0.5."""
     result = evaluate_results(dataset, {"box": [box(7, CAT, (0, 0, 20, 20), 0.9)]})["box"]
     assert result.precision.shape == (10, 101, 3)
-    assert result.precision[0, :, 0].tolist() == [1.0] * 51 + [0.0] * 50
+    assert result.precision[0, :, 0].tolist() == pytest.approx([1.0] * 51 + [0.0] * 50)
     for number, found in enumerate(result.per_class.values()):
         assert found["AP50"] == pytest.approx(result.precision[0, :, number].mean())
 

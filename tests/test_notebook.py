@@ -78,6 +78,7 @@ def test_a_right_function_passes_and_a_wrong_one_is_told_why():
         "gave None": lambda b: None,
         r"shape \[1, 1\]": lambda b: boxes.area(b)[:, None],
         r"gave \[7.0\]": lambda b: boxes.area(b) + 1,
+        r"gave \[6.3333\], wanted \[6.0\]": lambda b: boxes.area(b) + 1 / 3,
         "raised ZeroDivisionError": lambda b: 1 / 0,
     }
     for text, function in wrong.items():

@@ -155,8 +155,8 @@ def test_the_readmes_python_runs(readme, tmp_path, monkeypatch):
 
 def test_the_readmes_commands_are_understood(readme, monkeypatch, tmp_path):
     shell = "\n".join(re.findall(r"```sh\n(.*?)```", readme, re.S))
-    commands = re.findall(r"^mrcnn-edu (.*)$", shell, re.M)
-    assert {command.split()[0] for command in commands} == {"train", "evaluate", "predict"}
+    commands = re.findall(r"^(?:mrcnn-edu|torchrun .*-m mrcnn_edu) ([^#\n]*)", shell, re.M)
+    assert {command.split()[0] for command in commands} == {"train", "evaluate", "predict", "check", "reproduce"}
     for command in commands:
         assert cli.parse(command.replace('"', "").split()) is not None
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import training_runs
-from training_runs import CONFIG, tiny_model, with_train
+from stages_together import TOGETHER
+from training_runs import CONFIG, ENVIRONMENT, tiny_model, with_train
 
 from mrcnn_edu.data.coco import CocoDataset
 from mrcnn_edu.data.shapes import write
@@ -19,7 +23,7 @@ from mrcnn_edu.losses import ALL_LOSSES, HEAD_LOSSES, RPN_LOSSES
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
 from mrcnn_edu.structures import ImageBatch, Proposals
 from mrcnn_edu.training.export import load_model
-from mrcnn_edu.training.proposals import SavedProposals
+from mrcnn_edu.training.proposals import SavedProposals, propose_dataset, save_proposals
 from mrcnn_edu.training.stages import (
     END_TO_END,
     FOUR_STEP,
@@ -161,6 +165,47 @@ def test_a_finished_run_is_left_alone(data, four_steps: Path) -> None:
         train_stages(FOUR_STEP, SHORT, tiny_model(), *data, four_steps, **QUIET)
     with pytest.raises(FileExistsError, match="begun with other stages"):
         train_stages(STAGEWISE, SHORT, tiny_model(), *data, four_steps, resume=True, **QUIET)
+
+
+# Several processes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs fork and gloo")
+def test_two_processes_share_the_proposals(tmp_path: Path) -> None:
+    """Each makes those of its own images; both go through the stages together, and one alone goes on from there."""
+    folder, out = write(tmp_path / "data", train=10, val=2, size=64, seed=1), tmp_path / "out"  # two batches of 8
+    data = training_runs.datasets(folder)
+    script = [sys.executable, str(Path(__file__).with_name("stages_together.py")), str(folder), str(out)]
+    subprocess.run(script, check=True, env=ENVIRONMENT, timeout=300, capture_output=True)
+    summaries = [torch.load(out / "both" / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    assert list(summaries[0]["result"]) == ["rpn", "heads"], summaries
+    assert summaries[0]["result"] == summaries[1]["result"]
+    shares = sorted((out / "run" / "rpn").glob("proposals-train*"))
+    assert [path.name for path in shares] == [f"proposals-train-{rank}-of-2.safetensors" for rank in (0, 1)]
+    parts = [SavedProposals(path) for path in shares]
+    assert sum(map(len, parts)) == len(data[0]) and all(len(part) for part in parts)
+    found = propose_dataset(load_model(out / "run" / "rpn" / "weights.safetensors")[0], data[0], SHORT.data, True)
+    together = SavedProposals(*shares)
+    assert all(torch.allclose(together[i].boxes, found[i].boxes, atol=1e-3) for i in data[0].image_ids)
+    times = {path: path.stat().st_mtime_ns for path in (out / "run").rglob("*.safetensors")}
+    again = train_stages(STAGEWISE, TOGETHER, tiny_model(), *data, out / "run", resume=True, **QUIET)
+    assert again == summaries[0]["result"]
+    assert times == {path: path.stat().st_mtime_ns for path in (out / "run").rglob("*.safetensors")}
+
+
+def test_proposals_that_a_stopped_process_left_half_are_made_anew(data, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train_stages(STAGEWISE[:1], SHORT, tiny_model(), data[0], None, out, **QUIET)
+    half = {image_id: Proposals(torch.tensor([[0.0, 0, 1, 1]]), torch.ones(1)) for image_id in data[0].image_ids[:2]}
+    save_proposals(out / "rpn" / "proposals-train-0-of-2.safetensors", half)
+    (out / "stages.json").unlink()
+    shutil.copytree(out / "rpn", tmp_path / "both" / "rpn")
+    with pytest.raises(FileExistsError):  # that folder was not begun with these stages
+        train_stages(STAGEWISE, SHORT, tiny_model(), data[0], None, tmp_path / "both", **QUIET)
+    train_stages(STAGEWISE, SHORT, tiny_model(), data[0], None, tmp_path / "both", resume=True, **QUIET)
+    left = sorted(path.name for path in (tmp_path / "both" / "rpn").glob("proposals*"))
+    assert left == ["proposals-train.safetensors"]
+    SavedProposals(tmp_path / "both" / "rpn" / left[0]).check_covers(data[0].image_ids)
 
 
 # Parts and losses ----------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ os.environ["MRCNN_EDU_BOOK"] = "1"
 
 ENTRY = re.compile(r"^(?P<name>\S+(?:, \S+)*) {2,}(?P<text>\S.*)$")
 
+NARROW = re.compile(r"^(?P<name>\S+(?:, \S+)*) +(?P<text>\S.*)$")  # the longest name of a block may leave one space
+
 
 class Chapter(SphinxRole):
     """``{chapter}`5``` is a link called "Chapter 5", or just that text while the chapter is not written."""
@@ -53,7 +55,7 @@ def list_entries(app: Any, what: str, name: str, thing: Any, options: Any, lines
     rewritten: list[str] = []
     in_entries = False
     for line in lines:
-        entry = ENTRY.match(line)
+        entry = (NARROW if in_entries else ENTRY).match(line)
         if entry and (in_entries or not rewritten or not rewritten[-1].strip()):
             rewritten.append(f":{entry['name'].replace(':', '')}: {entry['text'].strip()}")
             in_entries = True

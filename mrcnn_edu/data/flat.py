@@ -32,9 +32,7 @@ def make(
     returns    image [3, size, size] uint8, Target with masks and keypoints [N, 7, 3] (zeros except for figures)
     """
     if size < 16 or instances < 0:
-        raise ValueError(
-            f"a flat image needs a size of 16 or more and 0 or more instances, got {size} and {instances}"
-        )
+        raise ValueError(f"a flat image needs a size of 16 or more and 0 or more instances, got {size} and {instances}")
     rng = np.random.default_rng(seed)
     pixels = np.broadcast_to(rng.uniform(0.05, 0.3, (3, 1, 1)), (3, size, size)).copy()
     scene = Scene(pixels, np.full((size, size), -1, dtype=np.int16))

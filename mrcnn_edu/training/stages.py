@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mrcnn_edu.config import Config
+from mrcnn_edu.config import Config, to_json
 from mrcnn_edu.data.coco import CategoryMap, CocoDataset
 from mrcnn_edu.losses import ALL_LOSSES, HEAD_LOSSES, RPN_LOSSES, any_of
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
@@ -92,8 +92,8 @@ def train_stages(
 
     stages  ``STAGEWISE``, ``FOUR_STEP``, ``END_TO_END``, or your own
     model   where parts without an ``init`` start; afterwards it holds the weights of the last stage
-    out     folder that gets stages.json and one folder per stage, as ``train`` leaves it; that of a stage that proposes
-            gets proposals-train.safetensors and proposals-val.safetensors besides, one of each per process
+    out     folder that gets stages.json, config.json and one folder per stage, as ``train`` leaves it; that of a stage
+            that proposes gets proposals-train.safetensors and proposals-val.safetensors, one of each per process
     resume  continue: finished stages are taken as they are, one that was stopped goes on
 
     The other arguments are those of ``train``, which also says what is raised. ``load_stages`` reads the result.
@@ -103,7 +103,7 @@ def train_stages(
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with connected(device) as world:
         resume = resume or restarted()
-        world.from_first(lambda: _note(stages, out, resume))
+        world.from_first(lambda: _note(stages, config, out, resume))
         for stage in stages:
             folder, task = out / stage.name, Task(stage.losses)
             if stage.proposals is not None:
@@ -147,11 +147,6 @@ def read_stages(out: Path) -> tuple[Stage, ...]:
         raise ValueError(f"{out / 'stages.json'} describes no stages of training: {error}") from error
     check_stages(stages)
     return stages
-
-
-def last_stage(out: Path) -> str:
-    """The name of a procedure's last stage, which is that of its folder in ``out``."""
-    return read_stages(out)[-1].name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,7 +279,7 @@ def _load(model: MaskRCNN, folder: Path) -> None:
     model.load_state_dict(finished.state_dict())
 
 
-def _note(stages: tuple[Stage, ...], out: Path, resume: bool) -> None:
+def _note(stages: tuple[Stage, ...], config: Config, out: Path, resume: bool) -> None:
     """Write down the procedure; refuse to continue another one."""
     values = json.loads(json.dumps({"stages": [{**stage._asdict(), "init": dict(stage.init)} for stage in stages]}))
     path = out / "stages.json"
@@ -293,3 +288,4 @@ def _note(stages: tuple[Stage, ...], out: Path, resume: bool) -> None:
         raise FileExistsError(f"{out} {again}, or choose another folder")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, values)
+    write_json(out / "config.json", to_json(config))
