@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 BUILDING = "MRCNN_EDU_BOOK"  # an environment variable that the book's Sphinx extension sets for the kernels it starts
 
 
@@ -101,6 +103,7 @@ def _place(thing: Any) -> str:
 
 def glue(name: str, value: Any) -> None:
     """Give a computed value to the chapter's text, which names it as ``{glue:text}`name:.2f```."""
+    value = value.item() if isinstance(value, np.generic) else value  # the page formats Python's numbers only
     if building():
         from myst_nb import glue as into_the_page
 
