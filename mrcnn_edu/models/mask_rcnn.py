@@ -116,7 +116,10 @@ class MaskRCNN(nn.Module):
         pixels = batch.pixels
         if self.config.conventions.channel_order == "bgr":
             pixels = pixels.flip(1)
-        pixels = (pixels * self.config.conventions.pixel_range - self.pixel_mean) / self.pixel_std
+        # (pixels * range - mean) / std, in one pass
+        pixels = torch.addcmul(
+            -self.pixel_mean / self.pixel_std, pixels, self.config.conventions.pixel_range / self.pixel_std
+        )
         height, width = pixels.shape[-2:]
         for image, (h, w) in zip(pixels, batch.sizes):
             if h < height:
