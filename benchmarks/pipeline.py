@@ -12,6 +12,8 @@ MaskRCNN.normalise. The ratio is the median of the ratios of rounds.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import random
 import statistics
@@ -63,7 +65,8 @@ def generate(folder: Path) -> None:
 
 def theirs(folder: Path) -> Callable[[], None]:
     """One epoch of torchvision's reference pipeline."""
-    data = CocoDetection(folder, folder / "instances.json")
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools reports to the terminal
+        data = CocoDetection(folder, folder / "instances.json")
     after = v2.Compose([v2.ToImage(), v2.RandomHorizontalFlip(0.5), v2.ToDtype(torch.float, scale=True)])
     resize = GeneralizedRCNNTransform(800, 1333, MEAN, STD).train()
 

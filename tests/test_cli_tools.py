@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision
 from test_cityscapes import scene, write
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from training_runs import MODEL
 
 from mrcnn_edu import published
@@ -102,14 +103,15 @@ def test_cityscapes_are_checked_too(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_convert_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """A file of ours for torchvision's model, and back as a published one: the same weights, but for unused slots."""
-    small = ModelConfig(classes=2, conventions=TORCHVISION, backbone=BackboneConfig(architecture="resnet50"), mask=None)
+    small = ModelConfig(classes=2, conventions=TORCHVISION, backbone=BackboneConfig(architecture="resnet18"), mask=None)
     model = build_model(small)
     categories = CategoryMap((Category(1, "a"), Category(2, "b")))
     ours, theirs, again = tmp_path / "weights.safetensors", tmp_path / "theirs.pth", tmp_path / "again.safetensors"
     export_weights(model, ours, categories)
     assert run("convert", ours, theirs) == 0
     assert "num_classes=3" in capsys.readouterr().out
-    other = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=3)
+    body = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+    other = torchvision.models.detection.FasterRCNN(body, num_classes=3)
     other.load_state_dict(torch.load(theirs, weights_only=True))
 
     entry = published.Published("FasterRCNN_ResNet50_FPN_Weights.COCO_V1", small, {})

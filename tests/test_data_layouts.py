@@ -58,7 +58,7 @@ def test_parts_are_found_by_name(tmp_path: Path, names, split, keypoints, images
 
 def test_what_is_not_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(
-        FileNotFoundError, match=r"no val data.*gtFine.*val2017 with .*instances_val2017.json"
+        FileNotFoundError, match=r"no val data.*gtFine.*val2017 with .*instances_val2017\.json"
     ) as raised:
         find_split(touch(tmp_path, "val2017/", "val.json"), "val", False)
     assert "val2014" in str(raised.value)

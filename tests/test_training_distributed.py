@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from many_processes import SHARED, plain_model
+from many_processes import PLAIN_MODEL, SHARED, plain_model
 from training_runs import CONFIG, ENVIRONMENT, IMAGES, datasets, tiny_model, with_train
 
 from mrcnn_edu.config import TrainConfig, to_json
 from mrcnn_edu.data.shapes import write
+from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
+from mrcnn_edu.structures import ImageBatch, Proposals, Target
 from mrcnn_edu.training import checkpoint, setup
 from mrcnn_edu.training.distributed import ALONE, TIMEOUT, Elsewhere, told_of_loss
 from mrcnn_edu.training.loop import train
@@ -79,6 +81,61 @@ def test_processes_and_parts_give_the_gradients_of_one(scenarios: Path, world: i
         torch.testing.assert_close(shared[name] - before, step, rtol=1e-3, atol=2e-7, msg=name)
         moved = max(moved, step.abs().max().item() if step.is_floating_point() else 0.0)
     assert moved > 1e-2  # thousands of times the tolerance
+
+
+def drawn(instances: list[int]) -> tuple[list[torch.Tensor], list[Target], list[Proposals]]:
+    """Images with so many squares each, and five proposals per image that meet none of them."""
+    generator = torch.Generator().manual_seed(0)
+    images, targets, proposals = [], [], []
+    for count in instances:
+        images.append(torch.rand(3, 64, 64, generator=generator))
+        corner = torch.arange(count)[:, None] * 20.0 + torch.tensor([2.0, 2.0])
+        masks = torch.zeros(count, 64, 64, dtype=torch.bool)
+        for mask, (x, y) in zip(masks, corner.int().tolist()):
+            mask[y : y + 16, x : x + 12] = True
+        joints = torch.cat([corner[:, None].expand(-1, 7, 2) + 4, torch.full((count, 7, 1), 2.0)], dim=2)
+        boxes, labels = torch.cat([corner, corner + 16], dim=1), torch.full((count,), 6)
+        targets.append(Target(boxes, labels, masks, joints))
+        places = torch.rand(5, 2, generator=generator) * 20 + torch.tensor([0.0, 40.0])
+        proposals.append(Proposals(torch.cat([places, places + 4], dim=1), torch.ones(5)))
+    return images, targets, proposals
+
+
+def losses_of(model: MaskRCNN, parts: tuple[list, list, list]) -> dict[str, torch.Tensor]:
+    images, targets, proposals = parts
+    return model(ImageBatch.collate(images), targets, proposals)
+
+
+def test_the_joined_batch_where_images_have_as_much_to_learn() -> None:
+    """With as many anchors, rois, positives and joints in each image, the mean of two halves is the loss, and the
+    gradient, of the four images in one batch."""
+    conventions = replace(PLAIN_MODEL.conventions, rpn_loss_divisor="batch")
+    torch.manual_seed(0)
+    model, parts = build_model(replace(PLAIN_MODEL, conventions=conventions)), drawn([2, 2, 2, 2])
+    joined, gradients = losses_of(model, parts), []
+    sum(joined.values()).backward()
+    gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+    halves = [losses_of(model, tuple(part[first : first + 2] for part in parts)) for first in (0, 2)]
+    (sum(sum(half.values()) for half in halves) / 2).backward()
+    gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for name, loss in joined.items():
+        torch.testing.assert_close((halves[0][name] + halves[1][name]) / 2, loss, msg=name)
+    for whole, mean in zip(*gradients, strict=True):
+        torch.testing.assert_close(mean, whole, rtol=1e-3, atol=1e-6)
+
+
+def test_each_process_counts_alike_where_they_have_not() -> None:
+    """One image with one instance, one with three: a batch of both weighs every mask alike, two processes the images.
+
+    So it is with 8 GPUs in the paper and in every released code; what stays the same whatever the number of processes
+    is the number of images that are averaged over at once.
+    """
+    torch.manual_seed(0)
+    model, parts = build_model(PLAIN_MODEL), drawn([1, 3])
+    one, three = (losses_of(model, tuple(part[n : n + 1] for part in parts))["mask"] for n in (0, 1))
+    torch.testing.assert_close(losses_of(model, parts)["mask"], (one + 3 * three) / 4)
+    assert abs(one - three) > 1e-5
 
 
 def test_processes_have_random_numbers_of_their_own(scenarios: Path) -> None:

@@ -116,7 +116,9 @@ class MaskRCNN(nn.Module):
         pixels = batch.pixels
         if self.config.conventions.channel_order == "bgr":
             pixels = pixels.flip(1)
-        pixels = (pixels * self.config.conventions.pixel_range - self.pixel_mean) / self.pixel_std
+        if self.config.conventions.pixel_range != 1:
+            pixels = pixels * self.config.conventions.pixel_range
+        pixels = (pixels - self.pixel_mean).div_(self.pixel_std)  # in place: new memory costs more than the arithmetic
         height, width = pixels.shape[-2:]
         for image, (h, w) in zip(pixels, batch.sizes):
             if h < height:
