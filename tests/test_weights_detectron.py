@@ -436,8 +436,8 @@ def theirs(name: str) -> torch.nn.Module:
         model.eval()([as_input(image) for image in pictures()])
     for module in model.modules():
         module._forward_pre_hooks.clear()
-    for key, value in model.named_parameters():  # larger last layers: scores without ties
-        for part, scale in {"objectness_logits": 20, "anchor_deltas": 5, "cls_score": 6, "bbox_pred": 5}.items():
+    for key, value in model.named_parameters():  # larger last layers: scores without ties, and no sigmoid of 1
+        for part, scale in {"objectness_logits": 4, "anchor_deltas": 5, "cls_score": 6, "bbox_pred": 5}.items():
             if f"{part}.weight" in key:
                 value.data.mul_(scale)
     return model
