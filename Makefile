@@ -8,6 +8,7 @@
 # to take torch and torchvision from, such as PyTorch's own of builds without CUDA, which saves gigabytes.
 
 PYTHON ?= python3
+PROCESSES ?= 2
 TORCH_INDEX ?=
 ARGS ?=
 VENV := .venv
@@ -21,8 +22,10 @@ OR_SAY = >> $(LOG) 2>&1 || { tail -n 25 $(LOG); echo "Setting up failed. All of 
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
+# Two processes with a thread each: twice as fast as one with two, since layers this small do not divide among threads.
 demo: $(VENV)/.ready
-	@$(BIN)/mrcnn-edu demo $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --local-addr=localhost --nproc-per-node=$(PROCESSES) \
+	  -m mrcnn_edu demo $(ARGS)
 
 test: $(VENV)/.ready
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)

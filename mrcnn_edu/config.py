@@ -174,7 +174,8 @@ class BackboneConfig:
     architecture: Architecture = "resnet50"
     width: int = 64  # channels of the stem; each stage doubles it
     stem: Literal["7x7", "3x3"] = "7x7"  # "7x7": conv and max pool (stride 4); "3x3": two 3x3 convs of stride 2
-    norm: Literal["frozen", "batch"] = "frozen"  # "frozen": statistics and affine part fixed, for pretrained weights
+    # "frozen": statistics and affine part fixed, for pretrained weights; "group": for few images from scratch
+    norm: Literal["frozen", "batch", "group"] = "frozen"
     frozen_stages: int = 2  # 0: train everything, 1: freeze the stem, 2: the stem and c2, ... 5: up to c5
     # "fpn": a pyramid; "c4": stride 16, res5 is the roi head; "c5": stride 32; "dc5": c5 dilated, stride 16
     features: Literal["fpn", "c4", "c5", "dc5"] = "fpn"
@@ -346,7 +347,7 @@ class ModelConfig:
     box: BoxHeadConfig = field(default_factory=BoxHeadConfig)
     mask: MaskHeadConfig | None = field(default_factory=MaskHeadConfig)  # None: Faster R-CNN
     keypoint: KeypointHeadConfig | None = None
-    head_norm: Literal["none", "batch"] = "none"  # after each layer of the pyramid and the heads; layer norm for fc
+    head_norm: Literal["none", "batch", "group"] = "none"  # after each layer of pyramid and heads; layer norm for fc
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -564,16 +565,16 @@ MODELS = {
             architecture="resnet10",
             width=32,
             stem="3x3",
-            norm="batch",
+            norm="group",
             frozen_stages=0,
             levels=("p3", "p4", "p5"),
             channels=64,
         ),
         rpn=RPNConfig(anchor_sizes=((20,), (40,), (80,)), pre_nms=(200, 200), post_nms=(80, 80)),
         box=BoxHeadConfig(rois_per_image=64, fc=(256, 256)),
-        mask=MaskHeadConfig(convs=(64, 64, 64), rois_per_image=6),
+        mask=MaskHeadConfig(convs=(64, 64, 64), rois_per_image=4),
         keypoint=KeypointHeadConfig(joints=7, labels=(6,), convs=(64, 64, 64), rois_per_image=8),
-        head_norm="batch",
+        head_norm="group",
     ),
 }
 
@@ -600,7 +601,7 @@ PRESETS = {name: Config(model) for name, model in MODELS.items()} | {
             schedule="cosine",
             warmup_iterations=182,
             # Joints are few and their loss is large: unweighted, it shapes the backbone and the boxes hardly do.
-            loss_weights=LossWeights(rpn_box=3.0, box=2.0, keypoint=0.4),
+            loss_weights=LossWeights(rpn_box=3.0, box=2.0, keypoint=0.7),
             clip_norm=5.0,
             average=0.998,
             precision="fp32",  # bf16 takes several times as long on processors without instructions for it

@@ -1,12 +1,15 @@
 """The demo: draw a data set, train a small Mask R-CNN on it, measure it on images it has not seen, and show them.
 
 Chapter 13 (training end to end). It uses nothing but the package's public functions, in the order a project would.
+Started by torchrun, as ``make demo`` does, its processes share the work: the layers of so small a model are too short
+to be divided among threads, but a batch divides well.
 """
 
 from __future__ import annotations
 
 import platform
 import time
+from collections import ChainMap
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,9 @@ from mrcnn_edu.data.coco import CocoDataset
 from mrcnn_edu.evaluation.measure import measure
 from mrcnn_edu.evaluation.report import as_text
 from mrcnn_edu.models.mask_rcnn import build_model
+from mrcnn_edu.structures import Detections
 from mrcnn_edu.training.checkpoint import write_json
+from mrcnn_edu.training.distributed import connected
 from mrcnn_edu.training.loop import train
 from mrcnn_edu.training.randomness import seed_rng
 from mrcnn_edu.visualize import sheet
@@ -49,37 +54,45 @@ def run(
     began = time.perf_counter()
     images = {"train": 32, "val": 8} if smoke else {"train": 4000, "val": 200}
     data = data or (out / "data" if smoke else Path("data/shapes"))
-    print(f"Drawing {images['train']} images to train on and {images['val']} to measure on: {data}")
-    shapes.write(data, **images)
-    train_data = CocoDataset(data / "train", data / "train.json")
-    val_data = CocoDataset(data / "val", data / "val.json")
+    with connected(device) as world:
+        print(f"Drawing {images['train']} images to train on and {images['val']} to measure on: {data}")
+        world.from_first(lambda: shapes.write(data, **images) and None)
+        train_data = CocoDataset(data / "train", data / "train.json")
+        val_data = CocoDataset(data / "val", data / "val.json")
 
-    config = demo_config(seed, iterations or (12 if smoke else None))
-    started = (out / "config.json").exists()
-    print(f"Training {config.train.iterations} iterations of {config.train.batch_size} images; ops: {ops.backend()}")
-    if started:
-        print(f"Going on with the run in {out}; for a new one choose another --out")
-    seed_rng(seed)
-    model = build_model(config.model)
-    summary = train(config, model, train_data, None, out, resume=started, device=device)
+        config = demo_config(seed, iterations or (12 if smoke else None))
+        started = (out / "config.json").exists()
+        settings = config.train
+        print(f"Training {settings.iterations} iterations of {settings.batch_size} images; ops: {ops.backend()}")
+        if started:
+            print(f"Going on with the run in {out}; for a new one choose another --out")
+        seed_rng(seed)
+        model = build_model(config.model)
+        summary = train(config, model, train_data, None, out, resume=started, device=device)
 
-    evaluation, predictions = measure(model, val_data, config.data, out, AREA_SCALE)
-    print(as_text(evaluation))
-    save_sheet(out / "sheet.png", val_data, predictions)
-
-    metrics = {
-        "evaluation": evaluation.to_json(),
-        "seconds": {"training": summary["seconds"], "total": time.perf_counter() - began},
-        "memory_mib": summary["memory_mib"],
-        "iterations": config.train.iterations,
-        "seed": seed,
-        "backend": ops.backend(),
-        "threads": torch.get_num_threads(),
-        "versions": {"mrcnn_edu": __version__, "torch": torch.__version__, "python": platform.python_version()},
-    }
-    write_json(out / "metrics.json", metrics)
-    print(f"Pictures: {out / 'sheet.png'}\nNumbers:  {out / 'metrics.json'}\nWeights:  {out / 'weights.safetensors'}")
+        evaluation, predictions = measure(model, val_data, config.data, out, AREA_SCALE, world=world)
+        print(as_text(evaluation))
+        metrics = {
+            "evaluation": evaluation.to_json(),
+            "seconds": {"training": summary["seconds"], "total": time.perf_counter() - began},
+            "memory_mib": sum(part or 0.0 for part in world.gather(summary["memory_mib"])),
+            "iterations": settings.iterations,
+            "seed": seed,
+            "backend": ops.backend(),
+            "processes": world.size,
+            "threads": torch.get_num_threads(),
+            "versions": {"mrcnn_edu": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        }
+        parts = world.to_first(predictions)
+        world.from_first(lambda: leave(out, metrics, val_data, dict(ChainMap(*parts))))
     return metrics
+
+
+def leave(out: Path, metrics: dict[str, Any], data: CocoDataset, predictions: dict[int, Detections]) -> None:
+    """Write the numbers and the pictures, and say where they are."""
+    write_json(out / "metrics.json", metrics)
+    save_sheet(out / "sheet.png", data, predictions)
+    print(f"Pictures: {out / 'sheet.png'}\nNumbers:  {out / 'metrics.json'}\nWeights:  {out / 'weights.safetensors'}")
 
 
 def demo_config(seed: int = 0, iterations: int | None = None) -> Config:
@@ -91,7 +104,7 @@ def demo_config(seed: int = 0, iterations: int | None = None) -> Config:
     return replace(config, train=train)
 
 
-def save_sheet(path: Path, data: CocoDataset, predictions: dict[int, Any]) -> None:
+def save_sheet(path: Path, data: CocoDataset, predictions: dict[int, Detections]) -> None:
     """The first held-out images that have instances, ground truth beside prediction."""
     chosen = [index for index in range(len(data)) if len(data.target(index))][:SHOWN]
     images, targets = zip(*(data[index] for index in chosen))

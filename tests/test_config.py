@@ -246,7 +246,7 @@ BAD = [
     (KeypointHeadConfig, {"convs": (0,)}, "one or more positive widths"),
     (KeypointHeadConfig, {"rois_per_image": 0}, "None or at least 1"),
     (ModelConfig, {"classes": 0}, "at least 1 foreground class"),
-    (ModelConfig, {"head_norm": "group"}, "Known: none, batch"),
+    (ModelConfig, {"head_norm": "layer"}, "Known: none, batch, group"),
     (ModelConfig, {"backbone": BackboneConfig(levels=("p4", "p5"))}, "one entry per backbone level, got 5 for the 2"),
     (ModelConfig, {"backbone": BackboneConfig(features="c5")}, "got 5 for the 1 levels c5"),
     (ModelConfig, {"keypoint": KeypointHeadConfig(labels=(3,)), "classes": 2}, r"keypoint.labels must lie in 1\.\.2"),

@@ -9,6 +9,7 @@ import torch
 
 from mrcnn_edu.config import BackboneConfig, BoxHeadConfig, KeypointHeadConfig, MaskHeadConfig, ModelConfig, RPNConfig
 from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
+from mrcnn_edu.models.resnet import group_norm
 from mrcnn_edu.models.roi_features import assign_levels
 from mrcnn_edu.structures import Detections, ImageBatch, Proposals, Target
 
@@ -190,6 +191,27 @@ def test_names_are_corrected():
 )
 def test_levels_by_hand(box, level):
     assert assign_levels(torch.tensor([box], dtype=torch.float32), 2, 5).tolist() == [level]
+
+
+def test_group_norm_knows_no_other_image():
+    """An image's maps are the same beside any other and in either mode; with batch norm they are not."""
+    image, first, second = batch((96, 96), (96, 96), (96, 96)).pixels.split(1)
+    alone = {}
+    for norm in ("group", "batch"):
+        torch.manual_seed(0)
+        config = replace(SMALL, backbone=replace(SMALL.backbone, norm=norm), head_norm=norm)
+        backbone = build_model(config).backbone.train()
+        pairs = [torch.cat([image, other]) for other in (first, second)]
+        maps = [backbone(pair)["p3"][0] for pair in pairs]
+        alone[norm] = torch.allclose(*maps, atol=1e-5)
+        if norm == "group":
+            torch.testing.assert_close(backbone.eval()(pairs[0])["p3"][0], maps[0])
+    assert alone == {"group": True, "batch": False}
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(8, 1), (24, 1), (32, 2), (64, 4), (88, 1), (256, 16)])
+def test_groups_have_sixteen_channels(channels, groups):
+    assert group_norm(channels).num_groups == groups
 
 
 def test_a_step_downhill_lowers_the_loss(model):

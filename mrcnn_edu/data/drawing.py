@@ -119,8 +119,8 @@ def _ring(x: np.ndarray, y: np.ndarray, half: float, rng: np.random.Generator) -
 
 def _figure(x: np.ndarray, y: np.ndarray, half: float, rng: np.random.Generator) -> Drawn:
     """A figure that faces us, so its left hand is at our right."""
-    limb = max(rng.uniform(0.09, 0.13) * half, 0.9)
-    head_radius = max(rng.uniform(0.2, 0.26) * half, 1.5)
+    limb = max(rng.uniform(0.12, 0.17) * half, 0.9)
+    head_radius = max(rng.uniform(0.22, 0.28) * half, 1.5)
     head = np.array([0.0, head_radius - half])
     neck = np.array([0.0, head[1] + 1.25 * head_radius])
     hip = np.array([0.0, neck[1] + rng.uniform(0.5, 0.62) * half])

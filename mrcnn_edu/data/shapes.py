@@ -47,7 +47,7 @@ HALF_SIZE = (0.04, 0.34)  # of the image's shorter side, log-uniform
 NOISE = (0.005, 0.03)  # standard deviation of the pixels' noise, of the full range
 FIGURES = 0.3  # share of the figures; in photographs, too, people are the most frequent class
 MOST_HIDDEN = 0.6  # a later shape may hide this share of an earlier one
-VERSION = 4  # of the drawings: raise it when the same seed gives another image, so that old folders are rewritten
+VERSION = 5  # of the drawings: raise it when the same seed gives another image, so that old folders are rewritten
 SPLITS = ("train", "val")
 EMPTY, CROWDED = 0.03, 0.07  # shares of images without any instance, and with a crowd region
 

@@ -39,7 +39,7 @@ from mrcnn_edu.models.box_head import (
 )
 from mrcnn_edu.models.keypoint_head import KeypointHead, keypoint_head_loss, keypoint_rows, rows_with_keypoints
 from mrcnn_edu.models.mask_head import MaskHead, MLPMaskHead, build_mask_head, mask_head_loss, own_masks
-from mrcnn_edu.models.resnet import FrozenBatchNorm
+from mrcnn_edu.models.resnet import FrozenBatchNorm, group_norm
 from mrcnn_edu.models.roi_features import RoIFeatures, build_roi_features
 from mrcnn_edu.models.rpn import RPN, Guess, propose, rpn_losses
 from mrcnn_edu.structures import Detections, ImageBatch, Proposals, Samples, Target, check_target
@@ -333,12 +333,14 @@ def build_model(model: str | ModelConfig = "maskrcnn_resnet50_fpn", conventions:
         config = replace(config, conventions=lookup("conventions", CONVENTIONS, conventions))
     rules, body = config.conventions, config.backbone
 
-    def norm(channels: int) -> nn.Module:
-        return FrozenBatchNorm(channels, rules.frozen_norm_eps) if body.norm == "frozen" else nn.BatchNorm2d(channels)
+    norms = {"batch": nn.BatchNorm2d, "group": group_norm, "none": None}
 
-    conv_norm = nn.BatchNorm2d if config.head_norm == "batch" else None
+    def frozen(channels: int) -> nn.Module:
+        return FrozenBatchNorm(channels, rules.frozen_norm_eps)
+
+    norm, conv_norm = frozen if body.norm == "frozen" else norms[body.norm], norms[config.head_norm]
     # A step may have a single roi, which is no batch; behind convs with a norm the layers need none
-    fc_norm = nn.LayerNorm if config.head_norm == "batch" and not config.box.convs else None
+    fc_norm = nn.LayerNorm if config.head_norm != "none" and not config.box.convs else None
 
     backbone = build_backbone(body, norm, conv_norm, rules.stride_in)
     rpn = RPN(
