@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mrcnn_edu.data import flat
+from mrcnn_edu.data.coco import CocoDataset
 from mrcnn_edu.data.drawing import FIGURE
 from mrcnn_edu.structures import check_target
 
@@ -41,3 +42,14 @@ def test_bad_sizes_are_refused():
     with pytest.raises(ValueError, match="got 8 and 3"):
         flat.make(0, size=8)
     assert len(flat.make(0, instances=0)[1]) == 0
+
+
+def test_what_is_written_comes_back(tmp_path):
+    data = CocoDataset(*flat.write(tmp_path / "flat", count=6, seed=4, labels=(5, 2)))
+    assert len(data) == 6 and data.categories.names == ["square", "ring"] and data.joints == 0
+    for index in range(6):
+        image, target = flat.make((4, index), labels=(5, 2))
+        read, back = data[index]
+        assert torch.equal(read, image) and torch.equal(back.boxes, target.boxes)
+        assert torch.equal(back.masks, target.masks)
+        assert torch.equal(back.labels, torch.where(target.labels == 2, 1, 2))

@@ -1,19 +1,24 @@
 """An easy world, which a small head learns in seconds: bright flat shapes on a dark flat ground, a few to an image.
 
-Chapter 10 (the box head), Chapter 11 (the mask head), Chapter 12 (the whole model) and Chapter 14 (keypoints) watch
-heads learn on it. What is worth measuring is measured on ``data.shapes``.
+Chapter 10 (the box head), Chapter 11 (the mask head), Chapter 12 (the whole model), Chapter 13 (training) and Chapter 14
+(keypoints) watch models learn on it. What is worth measuring is measured on ``data.shapes``.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mrcnn_edu.data.drawing import CLASSES, stamp
 from mrcnn_edu.data.shapes import Instance, Scene
+from mrcnn_edu.masks import rle_encode
 from mrcnn_edu.structures import Target
 
 HALF_SIZE = (0.16, 0.34)  # of the image's side
@@ -47,6 +52,48 @@ def make(
     target = scene.target()
     seen = target.masks.sum(dim=(1, 2)) >= LEAST_AREA * size**2
     return torch.from_numpy(np.rint(noisy.clip(0, 1) * 255).astype(np.uint8)), target[seen]
+
+
+def write(
+    folder: Path | str, count: int, seed: int = 0, size: int = 64, instances: int = 3, labels: Sequence[int] = (1, 2, 3)
+) -> tuple[Path, Path]:
+    """So many images of ``make`` with the seeds (seed, 0), (seed, 1), ... in COCO format, without keypoints.
+
+    folder   made if need be; files of an earlier call are replaced
+    labels   the classes to draw from; in the file, and so in a data set, they are numbered from 1 without gaps
+    returns  the folder of the images and the annotation file, as ``CocoDataset`` wants them
+    """
+    images, annotations = Path(folder) / "images", []
+    images.mkdir(parents=True, exist_ok=True)
+    ids = {label: number for number, label in enumerate(sorted(set(labels)), start=1)}
+    for image_id in range(1, count + 1):
+        pixels, target = make((seed, image_id - 1), size, instances, labels)
+        picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+        picture.save(images / f"{image_id:06d}.png", compress_level=0)  # noise does not shrink, and this reads faster
+        annotations += [_annotation(target, row, image_id, ids) for row in range(len(target))]
+    content = {
+        "images": [
+            {"id": image_id, "file_name": f"{image_id:06d}.png", "height": size, "width": size}
+            for image_id in range(1, count + 1)
+        ],
+        "annotations": [{"id": number, **one} for number, one in enumerate(annotations, start=1)],
+        "categories": [{"id": number, "name": CLASSES[label - 1]} for label, number in ids.items()],
+    }
+    file = Path(folder) / "instances.json"
+    file.write_text(json.dumps(content))
+    return images, file
+
+
+def _annotation(target: Target, row: int, image_id: int, ids: dict[int, int]) -> dict[str, Any]:
+    x1, y1, x2, y2 = target.boxes[row].tolist()
+    return {
+        "image_id": image_id,
+        "category_id": ids[int(target.labels[row])],
+        "bbox": [x1, y1, x2 - x1, y2 - y1],
+        "area": int(target.masks[row].sum()),
+        "iscrowd": 0,
+        "segmentation": rle_encode(target.masks[row]),
+    }
 
 
 def _another_colour(rng: np.random.Generator, around: np.ndarray) -> np.ndarray:
