@@ -171,10 +171,11 @@ def polygons_to_mask(polygons: list[Any], size: Size) -> Tensor:
     polygons  each ``[x1, y1, x2, y2, ...]``, at least three corners, image pixels; what lies outside is cut off
     size      (height, width) of the image
 
-    Raises ValueError for a polygon that is none, see ``check_polygon``.
+    Raises ValueError for a polygon that is none, see ``check_polygon``, and for a size that is none.
     """
-    rle_size({"size": list(size)})
-    height, width = size
+    if not isinstance(polygons, (list, tuple)):
+        raise ValueError(f"polygons must be a list of [x1, y1, x2, y2, ...], got {_short(polygons)}")
+    height, width = rle_size({"size": size})
     parts = [_near_image(check_polygon(polygon), size) for polygon in polygons]
     parts = [part for part in parts if len(part) >= 3]
     if not parts:
@@ -229,7 +230,9 @@ def _near_image(corners: np.ndarray, size: Size) -> np.ndarray:
                     kept.append(here)
                 if here_in != there_in:
                     share = (sign * limit - here[axis]) / (there[axis] - here[axis])
-                    kept.append(here + share * (there - here))
+                    crossing = here + share * (there - here)
+                    crossing[axis] = sign * limit  # exactly, also where the corners are too far away to tell
+                    kept.append(crossing)
             corners = np.array(kept).reshape(-1, 2)
     return corners
 

@@ -154,6 +154,8 @@ def check_image(image: Tensor, name: str = "image") -> None:
         )
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"{name} must be RGB [3, H, W], got {list(image.shape)}; repeat a gray channel three times")
+    if image.is_meta or image.layout != torch.strided:
+        raise ValueError(f"{name} must be an ordinary tensor, got one on {image.device} with {image.layout}")
     if image.shape[1] < 1 or image.shape[2] < 1:
         raise ValueError(f"{name} has no pixels: {list(image.shape)}")
     if image.is_floating_point():

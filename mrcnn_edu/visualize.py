@@ -148,6 +148,8 @@ def matched_colours(target: Target, found: Detections) -> tuple[list[Colour], li
 def _check(
     instances: Detections | Target, size: Size, categories: Categories, colours: Sequence[Colour] | None
 ) -> None:
+    if not isinstance(instances, (Detections, Target)):
+        raise TypeError(f"instances must be Detections or a Target, got {type(instances).__name__}")
     masks = getattr(instances, "masks", None)
     if masks is not None and tuple(masks.shape[1:]) != size:
         raise ValueError(
