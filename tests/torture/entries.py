@@ -36,12 +36,51 @@ from torture.harness import Area, refused
 Call = tuple[Callable, dict[str, Any]]
 
 JUNK: list[Any] = [
-    None, 0, 1, -1, 7, 2**40, 0.5, -0.5, math.nan, math.inf, True, "", "nothing", "../x", "\0", b"bytes", [], [1], [None], (), (1, 2),
-    {}, {"a": 1}, {7: None}, set(), object(), Path("nowhere"), np.zeros(3), np.zeros((4, 4, 3), np.uint8), Image.new("L", (4, 4)),
-    torch.zeros(()), torch.zeros(0), torch.zeros(3), torch.zeros(2, 4), torch.full((2, 4), math.nan), torch.zeros(0, 4),
-    torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool), torch.zeros(2, 9, 9, dtype=torch.bool),
-    torch.zeros(2, 4, device="meta"), torch.rand(1, 3, 32, 32), torch.zeros(3, 8, 8), int, print,
-]  # fmt: skip
+    None,
+    0,
+    1,
+    -1,
+    7,
+    2**40,
+    0.5,
+    -0.5,
+    math.nan,
+    math.inf,
+    True,
+    "",
+    "nothing",
+    "../x",
+    "\0",
+    b"bytes",
+    [],
+    [1],
+    [None],
+    (),
+    (1, 2),
+    {},
+    {"a": 1},
+    {7: None},
+    set(),
+    object(),
+    Path("nowhere"),
+    np.zeros(3),
+    np.zeros((4, 4, 3), np.uint8),
+    Image.new("L", (4, 4)),
+    torch.zeros(()),
+    torch.zeros(0),
+    torch.zeros(3),
+    torch.zeros(2, 4),
+    torch.full((2, 4), math.nan),
+    torch.zeros(0, 4),
+    torch.zeros(2, dtype=torch.int64),
+    torch.zeros(2, dtype=torch.bool),
+    torch.zeros(2, 9, 9, dtype=torch.bool),
+    torch.zeros(2, 4, device="meta"),
+    torch.rand(1, 3, 32, 32),
+    torch.zeros(3, 8, 8),
+    int,
+    print,
+]
 
 
 @functools.cache
@@ -78,18 +117,37 @@ def entries() -> dict[str, Call]:
         "Detections": (mrcnn_edu.Detections, detections),
         "Proposals": (mrcnn_edu.Proposals, rows(scores=torch.rand(2))),
         "Samples": (mrcnn_edu.Samples, rows(labels=torch.tensor([0, 1]), matched=torch.tensor([0, 1]))),
-        "ImageBatch": (mrcnn_edu.ImageBatch, {"pixels": torch.rand(1, 3, 32, 32), "sizes": [(32, 32)],
-                                              "original_sizes": [(32, 32)]}),
-        "ImageBatch.collate": (mrcnn_edu.ImageBatch.collate, {"images": [image], "original_sizes": [(32, 32)], "multiple": 32}),
+        "ImageBatch": (
+            mrcnn_edu.ImageBatch,
+            {"pixels": torch.rand(1, 3, 32, 32), "sizes": [(32, 32)], "original_sizes": [(32, 32)]},
+        ),
+        "ImageBatch.collate": (
+            mrcnn_edu.ImageBatch.collate,
+            {"images": [image], "original_sizes": [(32, 32)], "multiple": 32},
+        ),
         "preset": (mrcnn_edu.preset, {"name": "maskrcnn_shapes", "conventions": "paper"}),
         "build_model": (mrcnn_edu.build_model, {"model": MODEL, "conventions": "paper"}),
         "load_model": (mrcnn_edu.load_model, {"path": "nothing.safetensors"}),
-        "predict": (mrcnn_edu.predict, {"model": _model(), "images": image, "min_size": 32, "max_size": 64, "batch_size": 1}),
-        "draw": (mrcnn_edu.draw, {"image": image, "instances": mrcnn_edu.Target(**target), "categories": ["a", "b"],
-                                  "score_threshold": 0.5, "size": 2.0}),
-        "evaluate": (mrcnn_edu.evaluate, {"dataset": data()[1], "predictions": {}, "kinds": ["box"], "area_scale": 1.0}),
+        "predict": (
+            mrcnn_edu.predict,
+            {"model": _model(), "images": image, "min_size": 32, "max_size": 64, "batch_size": 1},
+        ),
+        "draw": (
+            mrcnn_edu.draw,
+            {
+                "image": image,
+                "instances": mrcnn_edu.Target(**target),
+                "categories": ["a", "b"],
+                "score_threshold": 0.5,
+                "size": 2.0,
+            },
+        ),
+        "evaluate": (
+            mrcnn_edu.evaluate,
+            {"dataset": data()[1], "predictions": {}, "kinds": ["box"], "area_scale": 1.0},
+        ),
         "train": (_train, {"config": _config(), "out": None, "device": "cpu"}),
-    }  # fmt: skip
+    }
 
 
 @functools.cache
