@@ -104,7 +104,10 @@ class CocoDataset(Dataset):
         self.categories = CategoryMap(self.annotations.categories)
         self.has_masks = self.annotations.regions is not None
         self.joints: int = self.annotations.keypoints.shape[1]
-        self.flip_pairs = flip_pairs(self.categories) if self.joints else ()
+        try:
+            self.flip_pairs = flip_pairs(self.categories) if self.joints else ()
+        except ValueError as error:
+            raise ValueError(f"{self.annotations_file}: {error}") from None
 
     def __len__(self) -> int:
         return len(self.annotations.image_ids)

@@ -200,6 +200,8 @@ NAMED = [
           "category 90: field 'skeleton'", NOTHING_LOST),
     Fault("a joint's name twice", change("categories", 0, keypoints=["a", "a", "b", "c", "d"]),
           "category 90: field 'keypoints'.*differ", NOTHING_LOST),
+    Fault("a left joint without its right", change("categories", 0, keypoints=["a", "left_b", "c", "d", "e"]),
+          "'left_b' but no 'right_b'", None),
     Fault("a category without a name", change("categories", 1, name=None), "category 3: field 'name'", NOTHING_LOST),
 ]  # fmt: skip
 

@@ -72,9 +72,13 @@ class Report:
 
 
 def refused(error: Exception) -> str:
-    """The word for an error that is meant: one of ours, raised by a ``raise`` of the package. Any other is a fault."""
+    """The word for an error that is meant: one of ours, raised by a ``raise`` of the package. Any other is a fault.
+
+    What the system says of a file that it cannot open, naming it, is as good as ours.
+    """
     last = traceback.extract_tb(error.__traceback__)[-1]
     meant = last.filename.startswith(PACKAGE) and (last.line or "").startswith("raise")
+    meant = meant or (isinstance(error, OSError) and error.filename is not None)
     if not (isinstance(error, CLEAR) and meant and len(str(error).split()) >= 4):
         raise error
     return f"refused, {type(error).__name__}"
