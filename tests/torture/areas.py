@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from torture import attacks, checkpoints, coco_files, entries, evaluation, images, inference, masks, ops, training
+from torture import (
+    attacks,
+    batches,
+    checkpoints,
+    coco_files,
+    entries,
+    evaluation,
+    images,
+    inference,
+    masks,
+    ops,
+    training,
+)
 
 AREAS = {
     area.name: area
@@ -16,7 +28,7 @@ AREAS = {
         inference.AREA,
         entries.AREA,
         training.TRAINING,
-        training.BATCHES,
+        batches.AREA,
         training.INTERRUPTS,
         evaluation.AREA,
         ops.AREA,

@@ -1,4 +1,4 @@
-"""Random ground truths and results against pycocotools, number by number; for its known errors see NAMED's tests."""
+"""Random ground truths and results against pycocotools, number by number; its traps: ``test_evaluation_traps.py``."""
 
 from __future__ import annotations
 
