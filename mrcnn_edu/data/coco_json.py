@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mrcnn_edu.data.images import check_file_name, file_inside, image_size
-from mrcnn_edu.masks import MAX_AREA, MAX_SIDE
+from mrcnn_edu.masks import MAX_AREA, MAX_SIDE, short
 from mrcnn_edu.structures import Size
 
 
@@ -68,8 +68,7 @@ def read_json(path: Path, faults: Faults) -> Any:
 
 def brief(value: Any) -> str:
     """The start of a value's text, short enough for a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return short(value, 80)
 
 
 def is_whole(value: Any) -> bool:
