@@ -1,7 +1,7 @@
 # make demo    train, measure and look at a small Mask R-CNN        make lab    open the book's notebooks in JupyterLab
 # make test    the whole test suite                                 make book   build the book into _build/html
 # make bench   measure speed beside torchvision                     make lint   check the style
-# make clean   remove what was built (not .venv, not runs)
+# make clean   remove what was built (not .venv, not runs)          make torture  hostile input by the million, long
 #
 # Every target sets up .venv the first time, from constraints.txt. Options: make demo ARGS="--seed 1",
 # make test ARGS="-k boxes", PYTHON=python3.12 to choose the interpreter, and TORCH_INDEX=... for another package index
@@ -18,7 +18,7 @@ LOG := $(VENV)/setup.log
 # On a failed step: the end of what it printed, and where the rest is.
 OR_SAY = >> $(LOG) 2>&1 || { tail -n 25 $(LOG); echo "Setting up failed. All of it is in $(LOG)."; exit 1; }
 
-.PHONY: help demo test lab book bench lint clean
+.PHONY: help demo test lab book bench torture lint clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -37,6 +37,10 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+
+# The figures go to benchmarks/results/torture.md; ARGS="masks --minutes 4" goes on with a part of it.
+torture: $(VENV)/.ready
+	@OMP_NUM_THREADS=1 $(BIN)/python tests/torture $(ARGS)
 
 lab: $(VENV)/.book
 	@$(BIN)/jupyter lab --notebook-dir=book $(ARGS)

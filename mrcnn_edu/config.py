@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def lookup(kind: str, table: dict[str, Any], name: str) -> Any:
     """``table[name]``, or a ValueError that names what there is and what was probably meant."""
-    if name in table:
+    if isinstance(name, str) and name in table:
         return table[name]
     near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.4)
     hint = f", did you mean {near[0]!r}?" if near else "."
@@ -31,13 +32,32 @@ def _require(condition: bool, config: Any, name: str, allowed: str) -> None:
         raise ValueError(f"{type(config).__name__}.{name} must be {allowed}, got {getattr(config, name)!r}")
 
 
-def _check_choices(config: Any) -> None:
-    """Each Literal field must hold one of its choices; a type checker knows, a JSON file or a notebook does not."""
+def _check_types(config: Any) -> None:
+    """Each field must hold what its annotation says; a type checker knows, a JSON file or a notebook does not."""
     for name, hint in get_type_hints(type(config)).items():
-        choices = get_args(hint)
-        if get_origin(hint) is Literal and getattr(config, name) not in choices:
+        value, choices = getattr(config, name), get_args(hint)
+        if _fits(value, hint):
+            continue
+        if get_origin(hint) is Literal:
             _require(all(isinstance(c, str) for c in choices), config, name, " or ".join(map(str, choices)))
-            lookup(f"{type(config).__name__}.{name}", {c: c for c in choices}, str(getattr(config, name)))
+            lookup(f"{type(config).__name__}.{name}", {c: c for c in choices}, str(value))
+        wanted = re.sub(r"mrcnn_edu\.config\.", "", hint.__name__ if isinstance(hint, type) else str(hint))
+        raise TypeError(f"{type(config).__name__}.{name} must be {wanted}, got {value!r}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Is this a value of that type? A whole number is a float as well, True is no number, a list no tuple."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in parts)
+    if origin is tuple:
+        parts = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+    if origin is not None:  # one of several
+        return any(_fits(value, part) for part in parts)
+    if hint in (int, float):
+        return type(value) in (int, hint)
+    return isinstance(value, hint)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -91,7 +111,7 @@ class Conventions:
     bias_decay: bool = True  # are biases subject to weight decay
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_types(self)
         _require(all(s > 0 for s in self.pixel_std), self, "pixel_std", "three positive numbers")
         _require(self.samples_per_bin >= 0, self, "samples_per_bin", "0 (adaptive) or a positive number")
         _require(self.rpn_box_beta >= 0, self, "rpn_box_beta", "at least 0")
@@ -185,7 +205,7 @@ class BackboneConfig:
     roi_level_size: float = 224.0  # px; a roi of this size is read from p4, half of it from p3 (FPN [27], equation 1)
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_types(self)
         _require(self.width >= 1, self, "width", "at least 1")
         _require(0 <= self.frozen_stages <= 5, self, "frozen_stages", "0 to 5")
         _require(self.channels >= 1, self, "channels", "at least 1")
@@ -219,6 +239,7 @@ class RPNConfig:
     nms_threshold: float = 0.7  # IoU, within one level
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(all(s > 0 for sizes in self.anchor_sizes for s in sizes), self, "anchor_sizes", "positive pixel sizes")
         _require(
             len(self.anchor_ratios) > 0 and all(r > 0 for r in self.anchor_ratios),
@@ -275,7 +296,7 @@ class BoxHeadConfig:
     detections_per_image: int = 100
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_types(self)
         _require(self.rois_per_image >= 1, self, "rois_per_image", "at least 1")
         _require(0 <= self.positive_fraction <= 1, self, "positive_fraction", "0 to 1")
         _require(0 <= self.positive_iou <= 1, self, "positive_iou", "0 to 1")
@@ -306,7 +327,7 @@ class MaskHeadConfig:
     rois_per_image: int | None = None  # at most so many positives train the branch; None: all of them
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_types(self)
         _require(self.pooled_size >= 1, self, "pooled_size", "at least 1")
         _require(all(c >= 1 for c in self.convs), self, "convs", "positive widths")
         _require(self.deconv is None or self.deconv >= 1, self, "deconv", "None or at least 1")
@@ -328,7 +349,7 @@ class KeypointHeadConfig:
     rois_per_image: int | None = None  # at most so many positives train the branch; None: all of them
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_types(self)
         _require(self.joints >= 1, self, "joints", "at least 1")
         _require(all(label >= 1 for label in self.labels), self, "labels", "class labels of at least 1")
         _require(self.pooled_size >= 1, self, "pooled_size", "at least 1")
@@ -350,7 +371,7 @@ class ModelConfig:
     head_norm: Literal["none", "batch", "group"] = "none"  # after each layer of pyramid and heads; layer norm for fc
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_types(self)
         _require(self.classes >= 1, self, "classes", "at least 1 foreground class")
         levels, sizes = self.backbone.maps, len(self.rpn.anchor_sizes)
         if len(levels) != sizes:
@@ -389,6 +410,7 @@ class DataConfig:
     strict: bool = True  # refuse an inconsistent annotation file; False drops the faulty parts and reports them
 
     def __post_init__(self) -> None:
+        _check_types(self)
         _require(len(self.min_size) >= 1 and min(self.min_size) >= 1, self, "min_size", "one or more positive sizes")
         _require(self.max_size >= max(self.min_size), self, "max_size", "at least the largest min_size")
         _require(1 <= self.test_size <= self.max_size, self, "test_size", "1 to max_size")
@@ -410,6 +432,7 @@ class LossWeights:
     keypoint: float = 1.0
 
     def __post_init__(self) -> None:
+        _check_types(self)
         for weight in fields(self):
             _require(0 <= getattr(self, weight.name) < math.inf, self, weight.name, "at least 0")
 
@@ -446,7 +469,7 @@ class TrainConfig:
     checkpoint_every: int = 2500  # iterations
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        _check_types(self)
         _require(self.iterations >= 1, self, "iterations", "at least 1")
         _require(self.batch_size >= 1, self, "batch_size", "at least 1")
         _require(self.accumulate >= 1, self, "accumulate", "at least 1")
@@ -472,6 +495,9 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _check_types(self)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from mrcnn_edu.data.coco import CocoDataset
 from mrcnn_edu.data.images import read_image, to_rgb
 from mrcnn_edu.data.loading import val_loader
 from mrcnn_edu.data.transforms import resize
+from mrcnn_edu.masks import MAX_SIDE
 from mrcnn_edu.structures import Detections, ImageBatch, Proposals, Size, Target, check_image
 
 if TYPE_CHECKING:
@@ -60,8 +61,9 @@ def predict(
     sources = [images] if single else list(images)
     if not sources:
         raise ValueError("predict needs at least one image, got an empty list")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    for name, number in (("min_size", min_size), ("max_size", max_size), ("batch_size", batch_size)):
+        if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= MAX_SIDE:
+            raise ValueError(f"{name} must be a whole number, 1 to {MAX_SIDE}, got {number!r}")
     check_weights(model)
     found: list[Detections] = []
     for start in range(0, len(sources), batch_size):
@@ -193,7 +195,7 @@ def as_image(source: ImageSource, name: str = "the image") -> Tensor:
             )
         source = torch.from_numpy(source.copy()).permute(2, 0, 1)
     check_image(source, name)
-    return source
+    return source.detach()
 
 
 def check_weights(model: nn.Module) -> None:

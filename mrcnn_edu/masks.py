@@ -5,6 +5,7 @@ Chapter 2 (run lengths and polygons) and Chapter 11 (mask targets). Paper: Secti
 
 from __future__ import annotations
 
+from reprlib import Repr
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -102,7 +103,7 @@ def rle_size(rle: dict[str, Any]) -> Size:
     """The (height, width) that run lengths claim; ValueError when it is no size or beyond MAX_SIDE or MAX_AREA."""
     size = rle.get("size") if isinstance(rle, dict) else None
     if not (isinstance(size, (list, tuple)) and len(size) == 2 and all(type(side) is int for side in size)):
-        raise ValueError(f"run lengths need 'size': [height, width] in whole pixels, got {_short(rle)}")
+        raise ValueError(f"run lengths need 'size': [height, width] in whole pixels, got {short(rle)}")
     height, width = size
     if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE and height * width <= MAX_AREA):
         raise ValueError(f"a mask may have 1 to {MAX_SIDE} pixels a side and {MAX_AREA} in all, got {height} x {width}")
@@ -116,11 +117,14 @@ def rle_counts(rle: dict[str, Any]) -> np.ndarray:
     if isinstance(counts, (str, bytes)):
         runs = _decompress(counts, height * width)
     elif isinstance(counts, (list, tuple)) and set(map(type, counts)) <= {int}:
-        if any(not 0 <= count <= height * width for count in counts):
-            raise ValueError(f"runs must lie between 0 and height x width = {height * width}, got {_short(counts)}")
-        runs = np.array(counts, dtype=np.int64)
+        try:
+            runs = np.array(counts, dtype=np.int64)
+        except OverflowError:
+            runs = np.array([-1])
+        if len(runs) and not (runs.min() >= 0 and runs.max() <= height * width):
+            raise ValueError(f"runs must lie between 0 and height x width = {height * width}, got {short(counts)}")
     else:
-        raise ValueError(f"'counts' must be a string or a list of whole numbers, got {_short(counts)}")
+        raise ValueError(f"'counts' must be a string or a list of whole numbers, got {short(counts)}")
     if runs.sum() != height * width or (runs < 0).any():
         raise ValueError(f"the runs cover {runs.sum()} pixels of {height} x {width} = {height * width}")
     return runs
@@ -145,12 +149,12 @@ def _decompress(text: str | bytes, area: int) -> np.ndarray:
     data = text.encode("utf-8") if isinstance(text, str) else text
     codes = np.frombuffer(data, dtype=np.uint8).astype(np.int64) - 48
     if codes.size == 0 or codes.min() < 0 or codes.max() > 63:
-        raise ValueError(f"compressed 'counts' must be characters from '0' to 'o', got {_short(text)}")
+        raise ValueError(f"compressed 'counts' must be characters from '0' to 'o', got {short(text)}")
     last = codes & 32 == 0
     starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
     place = np.arange(codes.size) - np.repeat(starts, np.diff(np.append(starts, codes.size)))
     if not last[-1] or place.max() > 6:
-        raise ValueError(f"compressed 'counts' end within a number or hold one too long: {_short(text)}")
+        raise ValueError(f"compressed 'counts' end within a number or hold one too long: {short(text)}")
     values = np.add.reduceat((codes & 31) << (5 * place), starts)
     values -= np.where(codes[last] & 16, 1 << (5 * (place[last] + 1)), 0)  # bit 4 of the last character: the sign
     if np.abs(values).max() > area:
@@ -171,10 +175,11 @@ def polygons_to_mask(polygons: list[Any], size: Size) -> Tensor:
     polygons  each ``[x1, y1, x2, y2, ...]``, at least three corners, image pixels; what lies outside is cut off
     size      (height, width) of the image
 
-    Raises ValueError for a polygon that is none, see ``check_polygon``.
+    Raises ValueError for a polygon that is none, see ``check_polygon``, and for a size that is none.
     """
-    rle_size({"size": list(size)})
-    height, width = size
+    if not isinstance(polygons, (list, tuple)):
+        raise ValueError(f"polygons must be a list of [x1, y1, x2, y2, ...], got {short(polygons)}")
+    height, width = rle_size({"size": size})
     parts = [_near_image(check_polygon(polygon), size) for polygon in polygons]
     parts = [part for part in parts if len(part) >= 3]
     if not parts:
@@ -202,7 +207,7 @@ def check_polygon(polygon: Any) -> np.ndarray:
     if isinstance(polygon, np.ndarray):
         polygon = polygon.reshape(-1).tolist()
     if not isinstance(polygon, (list, tuple)) or not set(map(type, polygon)) <= {int, float}:
-        raise ValueError(f"a polygon must be a flat list of numbers [x1, y1, x2, y2, ...], got {_short(polygon)}")
+        raise ValueError(f"a polygon must be a flat list of numbers [x1, y1, x2, y2, ...], got {short(polygon)}")
     if len(polygon) < 6 or len(polygon) % 2:
         raise ValueError(
             f"a polygon needs at least three corners, so an even count of 6 or more numbers, got {len(polygon)}"
@@ -212,7 +217,7 @@ def check_polygon(polygon: Any) -> np.ndarray:
     except OverflowError:
         corners = np.full((1, 2), np.inf)
     if not np.isfinite(corners).all():
-        raise ValueError(f"a polygon's numbers must be finite, got {_short(polygon)}")
+        raise ValueError(f"a polygon's numbers must be finite, got {short(polygon)}")
     return corners
 
 
@@ -229,11 +234,19 @@ def _near_image(corners: np.ndarray, size: Size) -> np.ndarray:
                     kept.append(here)
                 if here_in != there_in:
                     share = (sign * limit - here[axis]) / (there[axis] - here[axis])
-                    kept.append(here + share * (there - here))
+                    crossing = here + share * (there - here)
+                    crossing[axis] = sign * limit  # exactly, also where the corners are too far away to tell
+                    kept.append(crossing)
             corners = np.array(kept).reshape(-1, 2)
     return corners
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def short(value: Any, length: int = 60) -> str:
+    """The start of a value's text, for a message; of a list of millions only the first few are looked at."""
+    text = _BRIEF.repr(value)
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+_BRIEF = Repr()
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = 20
+_BRIEF.maxstring = _BRIEF.maxother = 200

@@ -34,6 +34,7 @@ from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
 from mrcnn_edu.models.unshared import Unshared
 from mrcnn_edu.training.export import load_model
 from mrcnn_edu.training.stages import load_stages
+from mrcnn_edu.unpickling import read_torch
 from mrcnn_edu.weights import load_imagenet, load_torchvision
 
 PREFIX = "torchvision:"
@@ -132,7 +133,8 @@ def read_entry(entry: str, file: Path | None = None) -> tuple[dict[str, Tensor],
     if not digest.startswith(expected):
         raise ValueError(f"{file} is not the published file: its SHA-256 begins with {digest[:8]}, not {expected}")
     try:
-        return torch.load(file, map_location="cpu", weights_only=True), weights.meta
+        with open(file, "rb") as content:
+            return read_torch(content), weights.meta
     except Exception as error:  # a file of another kind can fail in any way inside the reader
         raise ValueError(f"{file} is not a PyTorch weights file: {str(error).splitlines()[0]}") from error
 
@@ -196,7 +198,8 @@ def start_backbone(model: MaskRCNN, weights: Path | None, resume: bool) -> None:
         load_imagenet(model.backbone.resnet, imagenet_state(*split_source(weights)), model.res5)
     elif weights is not None:
         try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
+            with open(weights, "rb") as file:
+                state = read_torch(file)
         except OSError:
             raise
         except Exception as error:  # a file of another kind can fail in any way inside the reader

@@ -94,8 +94,12 @@ class ImageBatch:
     mirrored: list[bool] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pixels, Tensor):
+            raise TypeError(f"ImageBatch.pixels must be a tensor [B, 3, H, W], got {type(self.pixels).__name__}")
         if self.pixels.ndim != 4 or self.pixels.shape[1] != 3:
             raise ValueError(f"ImageBatch.pixels must be [B, 3, H, W], got {list(self.pixels.shape)}")
+        for name in ("sizes", "original_sizes"):
+            _check_sizes(f"ImageBatch.{name}", getattr(self, name))
         if not len(self.pixels) == len(self.sizes) == len(self.original_sizes):
             raise ValueError(
                 f"ImageBatch needs one size and one original size per image, got {len(self.pixels)} images, "
@@ -131,11 +135,17 @@ class ImageBatch:
 
         Raises ValueError for an empty list, TypeError or ValueError for anything that is not such an image.
         """
+        if not isinstance(images, (list, tuple)):
+            raise TypeError(f"a batch is made of a list of images, got {type(images).__name__}")
+        if isinstance(multiple, bool) or not isinstance(multiple, int) or not 1 <= multiple <= 1024:
+            raise ValueError(f"multiple must be a whole number of pixels, 1 to 1024, got {multiple!r}")
         if not images:
             raise ValueError("a batch needs at least one image, got an empty list")
         for index, image in enumerate(images):
             check_image(image, f"image {index}")
         sizes = [(image.shape[1], image.shape[2]) for image in images]
+        if original_sizes is not None:
+            _check_sizes("original_sizes", original_sizes)
         height = -(-max(h for h, _ in sizes) // multiple) * multiple
         width = -(-max(w for _, w in sizes) // multiple) * multiple
         pixels = torch.zeros(len(images), 3, height, width, device=images[0].device)
@@ -154,6 +164,8 @@ def check_image(image: Tensor, name: str = "image") -> None:
         )
     if image.ndim != 3 or image.shape[0] != 3:
         raise ValueError(f"{name} must be RGB [3, H, W], got {list(image.shape)}; repeat a gray channel three times")
+    if image.is_meta or image.layout != torch.strided:
+        raise ValueError(f"{name} must be an ordinary tensor, got one on {image.device} with {image.layout}")
     if image.shape[1] < 1 or image.shape[2] < 1:
         raise ValueError(f"{name} has no pixels: {list(image.shape)}")
     if image.is_floating_point():
@@ -219,14 +231,19 @@ class Target(Rows):
     def from_dict(cls, values: dict[str, Tensor]) -> Target:
         """A target from a torchvision-style dict; masks must hold only 0 and 1. Other keys are ignored."""
         for key in ("boxes", "labels"):
-            if key not in values:
+            if values.get(key) is None:
                 raise ValueError(f"a target dict needs 'boxes' and 'labels', got only {sorted(values)}")
+        for key in ("boxes", "labels", "masks", "iscrowd", "keypoints"):
+            value = values.get(key)
+            if value is not None and not (isinstance(value, Tensor) and not value.is_meta):
+                raise TypeError(f"target[{key!r}] must be a tensor with values, got {type(value).__name__}")
+        boxes = values["boxes"].reshape(0, 4) if values["boxes"].numel() == 0 else values["boxes"]  # torchvision's [0]
         masks, crowd, keypoints = values.get("masks"), values.get("iscrowd"), values.get("keypoints")
         other = None if masks is None else masks[(masks != 0) & (masks != 1)]
         if other is not None and len(other):
             raise ValueError(f"target masks must hold 0 and 1 only, got {other[0].item()}; compare with > 0 first")
         return cls(
-            boxes=values["boxes"].to(torch.float32).reshape(-1, 4),
+            boxes=boxes.to(torch.float32),
             labels=values["labels"].to(torch.int64),
             masks=None if masks is None else masks.to(torch.bool),
             keypoints=None if keypoints is None else keypoints.to(torch.float32),
@@ -355,6 +372,14 @@ class Detections(Rows):
             scores = values.get("keypoints_scores", torch.ones_like(keypoints[..., 2]))
             keypoints = torch.cat([keypoints[..., :2], scores[..., None]], dim=-1)
         return cls(boxes, values["scores"], values["labels"].to(torch.int64), masks, keypoints)
+
+
+def _check_sizes(name: str, sizes: object) -> None:
+    good = isinstance(sizes, (list, tuple)) and all(
+        isinstance(size, (list, tuple)) and len(size) == 2 and all(type(side) is int for side in size) for size in sizes
+    )
+    if not good:
+        raise TypeError(f"{name} must be a list of (height, width) in whole pixels, got {str(sizes)[:60]}")
 
 
 def _check_shape(name: str, value: Tensor, shape: tuple[str | int, ...], dtype: torch.dtype) -> None:

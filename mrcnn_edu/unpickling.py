@@ -8,12 +8,15 @@ make arrays of numbers; any other name ends the reading before anything is calle
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
+import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -28,11 +31,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     try:
-        if path.suffix == ".pkl":
-            with path.open("rb") as file:
-                content = _Numbers(file, encoding="latin1").load()
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            content = _Numbers(file, encoding="latin1").load() if path.suffix == ".pkl" else read_torch(file)
     except OSError:
         raise
     except Exception as error:  # a broken file or one of another kind can fail in any way inside the reader
@@ -49,7 +49,27 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ValueError(f"{path} should hold arrays by name, got {type(value).__name__} for {name!r}")
         weights[name] = value
+    if not weights:
+        raise ValueError(f"{path} holds no weights")
     return weights
+
+
+def read_torch(file: BinaryIO) -> Any:
+    """What ``torch.save`` left in a file, on the CPU: no code, and no more memory than the file is long.
+
+    Raises ValueError for an archive that unpacks to more than it is, and whatever ``torch.load`` raises for what it
+    cannot read.
+    """
+    length = file.seek(0, os.SEEK_END)
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > length:  # PyTorch compresses nothing
+            raise ValueError(f"its {length} bytes unpack to {unpacked}, which no file of torch.save does")
+    file.seek(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pickle protocols that torch.save does not use: what it holds decides
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 class _Dtype:
@@ -107,7 +127,9 @@ _ALLOWED: dict[tuple[str, str], Callable] = {
 }
 
 
-class _Numbers(pickle.Unpickler):
+class _Numbers(pickle._Unpickler):
+    """Python's reader rather than C's, which makes room for as many remembered objects as a file says it has."""
+
     def find_class(self, module: str, name: str) -> Callable:
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it calls for {module}.{name}, and weights need nothing but arrays")

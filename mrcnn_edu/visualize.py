@@ -53,6 +53,8 @@ def draw(
 
     Raises ValueError for masks of another size than the image, for labels without a name and for too few colours.
     """
+    if not (isinstance(size, (int, float)) and 0 < size <= 100):
+        raise ValueError(f"size must be a number of inches, above 0 and at most 100, got {size!r}")
     pixels = as_image(image)
     full = (pixels.shape[1], pixels.shape[2])
     _check(instances, full, categories, colours)
@@ -148,6 +150,8 @@ def matched_colours(target: Target, found: Detections) -> tuple[list[Colour], li
 def _check(
     instances: Detections | Target, size: Size, categories: Categories, colours: Sequence[Colour] | None
 ) -> None:
+    if not isinstance(instances, (Detections, Target)):
+        raise TypeError(f"instances must be Detections or a Target, got {type(instances).__name__}")
     masks = getattr(instances, "masks", None)
     if masks is not None and tuple(masks.shape[1:]) != size:
         raise ValueError(
@@ -167,7 +171,11 @@ def _check(
 def _names(categories: Categories) -> list[str]:
     if categories is None:
         return []
-    return categories.names if isinstance(categories, CategoryMap) else list(categories)
+    if isinstance(categories, CategoryMap):
+        return categories.names
+    if not isinstance(categories, (list, tuple)) or not all(isinstance(name, str) for name in categories):
+        raise TypeError(f"categories must be a list of names or a CategoryMap, got {type(categories).__name__}")
+    return list(categories)
 
 
 def _visible(instances: Detections | Target, score_threshold: float) -> Tensor:

@@ -61,11 +61,15 @@ class Hostile:
         if rows and self.random.random() < 0.1:
             self.random.choice(rows)[0] = self.number()
         rois = torch.tensor(rows, dtype=torch.float32).view(count, 5)
-        return self.layout(self.often(rois, rois.double(), rois[:, :4], rois.long(), rois.flatten()))
+        wrong = (rois.double(), rois[:, :4], rois.long(), rois.flatten(), rois.to("meta"), rois.tolist())
+        rois = self.often(rois, *wrong)
+        return self.layout(rois) if isinstance(rois, torch.Tensor) else rois
 
     def boxes(self, count: int) -> torch.Tensor:
         boxes = torch.tensor([[self.number() for _ in range(4)] for _ in range(count)], dtype=torch.float32)
-        return self.layout(self.often(boxes.view(count, 4), boxes.double(), boxes[:1], boxes.flatten()))
+        return self.layout(
+            self.often(boxes.view(count, 4), boxes.double(), boxes[:1], boxes.flatten(), boxes.to("meta"))
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,7 +77,7 @@ class Hostile:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def roi_layer(hostile: Hostile) -> None:
+def roi_layer(hostile: Hostile) -> list[torch.Tensor]:
     images, channels = hostile.random.choice([1, 2]), hostile.random.choice([1, 3, 17])
     features = hostile.tensor(images, channels, hostile.random.choice([1, 5, 9]), hostile.random.choice([1, 7]))
     if features.is_floating_point() and hostile.random.random() < 0.5:
@@ -84,7 +88,7 @@ def roi_layer(hostile: Hostile) -> None:
     mode = hostile.often(hostile.random.choice(["mean", "max"]), "sum", None)
     layer = hostile.random.choice(["roi_align", "roi_warp", "roi_pool"])
     rois = hostile.rois(images)
-    levels = torch.zeros(len(rois), dtype=torch.int64) if rois.ndim else torch.zeros(1)
+    levels = torch.zeros(len(rois), dtype=torch.int64)
     aligned = hostile.random.random() < 0.5
     pooled = ops.pool_levels(layer, [features], rois, levels, size, [scale], samples, aligned, mode)
     height, width = (size, size) if isinstance(size, int) else size
@@ -94,9 +98,11 @@ def roi_layer(hostile: Hostile) -> None:
     if features.requires_grad:
         pooled.sum().backward()
         assert torch.isfinite(features.grad).all(), "the gradient is not finite"
+        return [pooled.detach(), features.grad]
+    return [pooled]
 
 
-def suppression(hostile: Hostile) -> None:
+def suppression(hostile: Hostile) -> list[torch.Tensor]:
     count = hostile.random.choice([0, 1, 5, 40])
     boxes, scores = hostile.boxes(count), hostile.tensor(count)
     groups = hostile.often(torch.randint(-2, 3, (count,), generator=hostile.generator), torch.zeros(count), None)
@@ -104,9 +110,10 @@ def suppression(hostile: Hostile) -> None:
     most = hostile.often(None, 0, 1, 3, -1, 2.5)
     kept = ops.batched_nms(boxes, scores, groups, threshold, most)
     assert len(set(kept.tolist())) == len(kept) <= count and all(0 <= row < count for row in kept.tolist())
+    return [kept]
 
 
-def pasting(hostile: Hostile) -> None:
+def pasting(hostile: Hostile) -> list[torch.Tensor]:
     count, side = hostile.random.choice([0, 1, 4]), hostile.random.choice([1, 2, 7])
     masks, boxes = hostile.tensor(count, side, side).clamp(0), hostile.boxes(count)
     size = hostile.often((13, 11), (1, 1), (0, 5), (5, -1), (5,), (2.5, 3), None)
@@ -118,12 +125,13 @@ def pasting(hostile: Hostile) -> None:
     for mask, (top, left, crop) in zip(pasted, crops):
         window = mask[top : top + crop.shape[0], left : left + crop.shape[1]]
         assert torch.equal(window, crop) and torch.count_nonzero(mask) == torch.count_nonzero(crop)
+    return [pasted]
 
 
 def raw_forward(hostile: Hostile) -> None:
     maps = [hostile.tensor(2, 3, 6 >> i, 8 >> i) for i in range(hostile.often(2, 0, 1, 3, 9))]
     rois = hostile.rois(2)
-    levels = torch.randint(-1, 3, (len(rois),), generator=hostile.generator) if rois.ndim else torch.zeros(1).long()
+    levels = torch.randint(-1, 3, (len(rois),), generator=hostile.generator)
     levels = hostile.often(levels.clamp(0, 1), levels, levels.int())
     scales = hostile.often([0.5] * len(maps), [0.5], [math.nan] * len(maps))
     options = [hostile.often(hostile.random.randrange(3), -1, 3, 2**40), *raw_size(hostile), raw_samples(hostile)]

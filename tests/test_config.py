@@ -294,6 +294,28 @@ def test_bad_values_are_refused_where_they_are_set(kind, values, message):
         from_json(kind, to_json(kind()) | {k: to_json(v) if is_dataclass(v) else v for k, v in values.items()})
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "wanted"),
+    [
+        (DataConfig, "min_size", [800], r"tuple\[int, \.\.\.\], got \[800\]"),
+        (DataConfig, "min_size", (800, "a"), "tuple"),
+        (DataConfig, "max_size", "1333", "int, got '1333'"),
+        (DataConfig, "max_size", 1333.0, r"int, got 1333\.0"),
+        (DataConfig, "workers", True, "int, got True"),
+        (DataConfig, "train_images", None, "str, got None"),
+        (RPNConfig, "pre_nms", (1, 2, 3), r"tuple\[int, int\]"),
+        (RPNConfig, "anchor_sizes", ((32,), 64), "tuple"),
+        (TrainConfig, "clip_norm", "5", r"float \| None, got '5'"),
+        (TrainConfig, "loss_weights", {}, "LossWeights, got {}"),
+        (ModelConfig, "conventions", "paper", "Conventions, got 'paper'"),
+        (ModelConfig, "mask", 5, r"MaskHeadConfig \| None, got 5"),
+    ],
+)
+def test_values_of_another_type_are_refused_where_they_are_set(kind, name, value, wanted):
+    with pytest.raises(TypeError, match=rf"^{kind.__name__}\.{name} must be {wanted}"):
+        kind(**{name: value})
+
+
 def test_branches_that_share_res5_share_their_pooling():
     """On C4 res5 sees each roi once: it cannot be pooled in one way for the box and in another for the mask."""
     config = MODELS["maskrcnn_resnet50_c4"]

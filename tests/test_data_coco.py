@@ -403,7 +403,7 @@ def test_annotations_are_flat(folder):
     def objects(copies: int) -> int:
         content = good_file()
         for number in range(copies):
-            content["images"].append({**content["images"][0], "id": 1000 + number})
+            content["images"].append({**content["images"][0], "id": 1000 + number, "file_name": f"{number}.png"})
             content["annotations"].append({**content["annotations"][0], "id": 1000 + number, "image_id": 1000 + number})
         dataset = load(folder, content)
         del content

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mrcnn_edu.data.images import check_file_name, file_inside, read_image, to_rgb
+from mrcnn_edu.data.images import check_file_name, file_inside, image_size, read_image, to_rgb
 
 RAMP = np.arange(48, dtype=np.uint8).reshape(6, 8) * 5  # 6 high, 8 wide
 
@@ -139,6 +139,26 @@ def test_missing_files_and_folders_are_errors_with_the_path(tmp_path):
         read_image(tmp_path / "missing.png")
     with pytest.raises(OSError, match=str(tmp_path)):
         read_image(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes with names")
+def test_a_pipe_or_device_is_an_error_and_no_wait(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", "/dev/zero"):
+        with pytest.raises(OSError, match=f"{path}: it is a device or a pipe"):
+            read_image(path)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_size_is_known_before_the_pixels(tmp_path, kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(tmp_path, Image.new("RGB", (30, 20)), f"image.{kind}", exif=exif)
+    assert image_size(path) == tuple(read_image(path).shape[1:]) == ((30, 20) if orientation > 4 else (20, 30))
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(OSError, match=f"cannot read the image {path}"):
+        image_size(path)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"])

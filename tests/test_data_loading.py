@@ -255,6 +255,13 @@ def test_bad_targets_are_refused_before_the_model(dataset, fields, message):
         read_all(Changed(dataset, lambda: (torch.zeros(3, 64, 64), bad)), workers=0)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_bad_pixels_name_their_image(dataset, workers):
+    nothing = Target.empty((64, 64), joints=7)
+    with pytest.raises(ValueError, match=r"^image 4 must lie in \[0, 1\] without NaN"):
+        read_all(Changed(dataset, lambda: (torch.full((3, 64, 64), float("nan")), nothing)), workers)
+
+
 def test_a_killed_worker_is_an_error(dataset):
     with pytest.raises(RuntimeError, match="worker died"):
         read_all(Changed(dataset, lambda: os.kill(os.getpid(), signal.SIGKILL)), workers=1)

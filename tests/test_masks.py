@@ -207,6 +207,21 @@ def test_bad_polygons_are_refused(polygon, message):
         polygons_to_mask([polygon], (10, 10))
 
 
+def test_corners_beyond_all_measure_are_cut_exactly():
+    """At 1e300 px a corner cut off at the image lies anywhere by rounding, and pycocotools dies of it."""
+    far = 1e300
+    lower_half = [[-far, 20, far, 20, far, far, -far, far]]
+    assert torch.equal(polygons_to_mask(lower_half, (50, 70)), (torch.arange(50) >= 20)[:, None].expand(50, 70))
+    for corners in ([-far, -far, far, far, far, -far], [0, far, far, 0, -far, -far], [far, 3, 3, far, -far, -3]):
+        assert polygons_to_mask([corners], (50, 70)).shape == (50, 70)
+
+
+@pytest.mark.parametrize(("polygons", "size"), [(None, (9, 9)), ({}, (9, 9)), ([[0, 0, 1, 0, 1, 1]], None)])
+def test_what_is_no_list_of_polygons_or_no_size_is_refused(polygons, size):
+    with pytest.raises(ValueError, match="got "):
+        polygons_to_mask(polygons, size)
+
+
 def test_polygons_need_a_sane_image():
     with pytest.raises(ValueError, match="in all"):
         polygons_to_mask([[0, 0, 1, 0, 1, 1]], (30000, 30000))

@@ -87,13 +87,16 @@ class Annotations:
         return _unpack_region(self.regions[row], size)
 
 
-def read_annotations(path: str | Path, strict: bool = True, keypoints: bool = True) -> tuple[Annotations, list[str]]:
+def read_annotations(
+    path: str | Path, strict: bool = True, keypoints: bool = True, images_dir: Path | None = None
+) -> tuple[Annotations, list[str]]:
     """Read and check a COCO-format file.
 
-    path       of the JSON file
-    strict     raise at the first inconsistency; otherwise drop the faulty part (a polygon, an annotation, an image)
-    keypoints  read them where categories name any
-    returns    the annotations, and one sentence for each part that was dropped
+    path        of the JSON file
+    strict      raise at the first inconsistency; otherwise drop the faulty part (a polygon, an annotation, an image)
+    keypoints   read them where categories name any
+    images_dir  folder of the images, whose sizes are then compared as well; None: that is left to who reads them
+    returns     the annotations, and one sentence for each part that was dropped
 
     Raises OSError when the file cannot be read and ValueError, naming file, annotation and field, for what is wrong.
     """
@@ -105,7 +108,7 @@ def read_annotations(path: str | Path, strict: bool = True, keypoints: bool = Tr
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ValueError(f"{path}: a COCO file is an object with the list {key!r} among others, found none")
     categories = read_categories(content["categories"], faults)
-    images = read_images(content["images"], faults)
+    images = read_images(content["images"], faults, images_dir)
     reader = _AnnotationReader(faults, categories, images, keypoints)
     reader.read(content["annotations"])
     return _pack(reader), faults.dropped
@@ -178,8 +181,11 @@ class _AnnotationReader:
 
     def _keypoints(self, entry: dict[str, Any]) -> list[float] | None:
         joints, values = self.joints[entry["category_id"]], entry.get("keypoints")
-        if not joints or values is None:
+        if not joints:
             return None
+        if values is None and not entry.get("num_keypoints"):
+            return None
+        values = [0] * (3 * joints) if values is None else values
         if not are_numbers(values, 3 * joints):
             raise ValueError(f"field 'keypoints' must hold {joints} times x, y, v, finite, got {brief(values)}")
         visible = values[2::3]
@@ -199,7 +205,7 @@ class _AnnotationReader:
         parts = []
         for number, part in enumerate(shape):
             try:
-                parts.append(check_polygon(part).reshape(-1))
+                parts.append(_near(check_polygon(part), size).reshape(-1))
             except ValueError as error:
                 problem = f"field 'segmentation', polygon {number}: {error}"
                 if self.faults.strict:
@@ -209,6 +215,13 @@ class _AnnotationReader:
             raise ValueError("field 'segmentation' has no usable polygon")
         gap = np.array([np.nan])  # no checked polygon holds one, so it can stand between two
         return np.concatenate([piece for part in parts for piece in (gap, part)][1:]).tobytes() + b"p"
+
+
+def _near(corners: np.ndarray, size: Size) -> np.ndarray:
+    """The corners ``[n, (x, y)]``, unless all of them lie beyond the same side of the image."""
+    if (corners.max(axis=0) <= 0).any() or (corners.min(axis=0) >= size[::-1]).any():
+        raise ValueError(f"has no pixel inside its image of height {size[0]} and width {size[1]}")
+    return corners
 
 
 def _box(box: Any, size: Size) -> tuple[float, float, float, float]:
@@ -231,7 +244,10 @@ def _pack_rle(rle: dict[str, Any], size: Size) -> bytes:
             raise ValueError(
                 f"run lengths are for {rle['size'][0]} x {rle['size'][1]}, the image is {size[0]} x {size[1]}"
             )
-        return compress(rle_counts(rle)).encode("ascii") + b"r"
+        counts = rle_counts(rle)
+        if not counts[1::2].any():
+            raise ValueError("the run lengths have no pixel that is set")
+        return compress(counts).encode("ascii") + b"r"
     except ValueError as error:
         raise ValueError(f"field 'segmentation': {error}") from error
 

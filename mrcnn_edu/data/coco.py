@@ -85,7 +85,8 @@ class CocoDataset(Dataset):
 
     images_dir        folder that holds every image the file names
     annotations_file  COCO-format JSON: boxes, polygons and run lengths, crowds, keypoints, in any mixture
-    strict            refuse an inconsistent file; otherwise drop what is faulty and say so in ``report``
+    strict            refuse an inconsistent file, and an image of another size when it is read; otherwise look at all
+                      files at once, drop what is faulty and say so in ``report``
     keypoints         read them, if any category has them
 
     Images without annotations stay: they teach the background. Raises OSError or ValueError, naming the file, the
@@ -98,11 +99,15 @@ class CocoDataset(Dataset):
         self.images_dir, self.annotations_file = Path(images_dir), Path(annotations_file)
         if not self.images_dir.is_dir():
             raise NotADirectoryError(f"the image folder {self.images_dir} does not exist or is no folder")
-        self.annotations, self.report = read_annotations(self.annotations_file, strict, keypoints)
+        look_in = None if strict else self.images_dir  # strict reading says it when an image is read
+        self.annotations, self.report = read_annotations(self.annotations_file, strict, keypoints, look_in)
         self.categories = CategoryMap(self.annotations.categories)
         self.has_masks = self.annotations.regions is not None
         self.joints: int = self.annotations.keypoints.shape[1]
-        self.flip_pairs = flip_pairs(self.categories) if self.joints else ()
+        try:
+            self.flip_pairs = flip_pairs(self.categories) if self.joints else ()
+        except ValueError as error:
+            raise ValueError(f"{self.annotations_file}: {error}") from None
 
     def __len__(self) -> int:
         return len(self.annotations.image_ids)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mrcnn_edu.data.images import check_file_name
-from mrcnn_edu.masks import MAX_AREA, MAX_SIDE
+from mrcnn_edu.data.images import check_file_name, file_inside, image_size
+from mrcnn_edu.masks import MAX_AREA, MAX_SIDE, short
 from mrcnn_edu.structures import Size
 
 
@@ -68,8 +68,7 @@ def read_json(path: Path, faults: Faults) -> Any:
 
 def brief(value: Any) -> str:
     """The start of a value's text, short enough for a message."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return short(value, 80)
 
 
 def is_whole(value: Any) -> bool:
@@ -124,6 +123,8 @@ def _read_joints(entry: dict[str, Any], faults: Faults) -> tuple[tuple[str, ...]
     if not isinstance(joints, list) or not all(isinstance(joint, str) for joint in joints):
         faults.add(place, f"field 'keypoints' must be a list of names, got {brief(joints)}")
         return (), ()
+    if len(set(joints)) < len(joints):
+        faults.add(place, f"field 'keypoints': the names must differ, got {brief(joints)}")
     limbs = isinstance(skeleton, list) and all(
         isinstance(limb, list) and len(limb) == 2 and all(is_whole(j) and 1 <= j <= len(joints) for j in limb)
         for limb in skeleton
@@ -134,6 +135,16 @@ def _read_joints(entry: dict[str, Any], faults: Faults) -> tuple[tuple[str, ...]
     return tuple(joints), tuple((a, b) for a, b in skeleton)
 
 
+def check_size(stated: Size, images_dir: Path, name: str) -> None:
+    """Raise ValueError or OSError unless a file below the image folder is an image of the stated (height, width)."""
+    size = image_size(file_inside(images_dir, name))
+    if size != stated:
+        raise ValueError(
+            f"is stated as {stated[0]} x {stated[1]} pixels (height x width), but {images_dir / name} is {size[0]} x "
+            f"{size[1]} once upright"
+        )
+
+
 @dataclass(frozen=True)
 class ImageEntry:
     """What the file says of one image."""
@@ -142,9 +153,13 @@ class ImageEntry:
     size: Size  # px, (height, width)
 
 
-def read_images(entries: list[Any], faults: Faults) -> dict[int, ImageEntry]:
-    """The images by id, in the file's order."""
+def read_images(entries: list[Any], faults: Faults, images_dir: Path | None = None) -> dict[int, ImageEntry]:
+    """The images by id, in the file's order.
+
+    images_dir  look there whether each file is an image of the size stated; None: that shows when it is read
+    """
     images: dict[int, ImageEntry] = {}
+    files: dict[str, int] = {}
     for index, entry in enumerate(entries):
         number = new_id(entry, "image", index, images, faults)
         if number is None:
@@ -159,8 +174,12 @@ def read_images(entries: list[Any], faults: Faults) -> dict[int, ImageEntry]:
                     raise ValueError(f"field {field!r} must be 1 to {MAX_SIDE} pixels, got {brief(side)}")
             if height * width > MAX_AREA:
                 raise ValueError(f"'height' x 'width' must be at most {MAX_AREA}, got {height} x {width}")
-        except ValueError as error:
+            if name in files:
+                raise ValueError(f"field 'file_name' is {name!r}, which is the file of image {files[name]} already")
+            if images_dir is not None:
+                check_size((height, width), images_dir, name)
+        except (ValueError, OSError) as error:
             faults.add(f"image {number}", str(error))
             continue
-        images[number] = ImageEntry(name, (height, width))
+        images[number], files[name] = ImageEntry(name, (height, width)), number
     return images

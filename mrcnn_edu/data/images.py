@@ -6,12 +6,16 @@ Chapter 2 (a data set we can trust). Pillow decodes: it reports damaged files as
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
+
+from mrcnn_edu.structures import Size
 
 MAX_PIXELS = 80_000_000  # of one image; a small file can claim any size, so this is checked before decoding
 
@@ -28,21 +32,41 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
     The orientation noted by the camera (EXIF) is applied. Gray, palette and CMYK become RGB, 16 bit are scaled to 8,
     what is transparent shows white. Raises OSError naming the path for anything that cannot be read.
     """
-    path = Path(path)
+    with _opened(Path(path), max_pixels) as image:
+        ImageOps.exif_transpose(image, in_place=True)
+        array = to_rgb(image)
+    return torch.from_numpy(array).permute(2, 0, 1)
+
+
+def image_size(path: str | Path, max_pixels: int = MAX_PIXELS) -> Size:
+    """(height, width) in pixels that ``read_image`` would give an image file, from its first bytes.
+
+    Raises OSError naming the path as ``read_image`` does; damage behind those bytes is not seen.
+    """
+    with _opened(Path(path), max_pixels) as image:
+        width, height = image.size
+        told = image.format != "PNG" or "exif" in image.info  # else Pillow looks for it behind the pixels
+        turned = told and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
+
+
+@contextmanager
+def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+    """An image whose pixels are counted but not decoded; what goes wrong in the block is an OSError with the path."""
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise OSError("it is a device or a pipe, no file")  # which might never end, or never begin
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of large images and odd metadata: errors below, or harmless
             with Image.open(path, formats=_known_formats()) as image:
                 width, height = image.size
                 if width * height > max_pixels:
                     raise OSError(f"{width} x {height} pixels are more than the {max_pixels} allowed (max_pixels)")
-                ImageOps.exif_transpose(image, in_place=True)
-                array = to_rgb(image)
+                yield image
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file
         raise OSError(f"cannot read the image {path}: {_reason(error)}") from error
-    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def to_rgb(image: Image.Image) -> np.ndarray:
@@ -69,7 +93,10 @@ def file_inside(root: Path, name: str) -> Path:
     """
     check_file_name(name)
     root = root.resolve()
-    path = (root / name).resolve()
+    try:
+        path = (root / name).resolve()
+    except (OSError, RuntimeError) as error:  # Python 3.13 no longer minds
+        raise ValueError(f"file name {name!r} cannot be followed below {root}: {error}") from error
     if not path.is_relative_to(root):
         raise ValueError(f"file name {name!r} leads out of the image folder {root}, to {path}")
     return path

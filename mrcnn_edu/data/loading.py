@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from mrcnn_edu.config import DataConfig
 from mrcnn_edu.data.coco import CocoDataset
 from mrcnn_edu.data.transforms import Augment, resized
-from mrcnn_edu.structures import ImageBatch, Size, Target, check_target
+from mrcnn_edu.structures import ImageBatch, Size, Target, check_image, check_target
 
 Batch = tuple[ImageBatch, list[Target], list[int]]  # images, their targets, their ids
 
@@ -215,6 +215,7 @@ class _Samples(Dataset):
         image, target = self.dataset[index]
         image_id = self.dataset.image_id(index)
         original_size = (image.shape[1], image.shape[2])
+        check_image(image, f"image {image_id}")
         joints = self.dataset.joints or None
         check_target(target, original_size, len(self.dataset.categories), joints, f"target of image {image_id}")
         generator = torch.Generator().manual_seed(_mix(self.seed, 1, position))

@@ -46,6 +46,7 @@ def resize(image: Tensor, target: Target, min_size: int, max_size: int) -> tuple
     new_size = resized(size, min_size, max_size)
     if new_size == size:
         return image, drop_vanished(target)
+    image = image if image.dtype == torch.uint8 else image.float()  # PyTorch resizes no half precision on a CPU
     pixels = F.interpolate(image[None], new_size, mode="bilinear", antialias=True, align_corners=False)[0]
     return pixels, drop_vanished(resize_target(target, size, new_size))
 

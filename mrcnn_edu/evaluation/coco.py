@@ -24,7 +24,7 @@ from pycocotools.cocoeval import COCOeval
 
 from mrcnn_edu.data.annotations import Faults, read_json
 from mrcnn_edu.data.coco import CocoDataset
-from mrcnn_edu.evaluation.results import Kind, Result, check_results, to_coco_results
+from mrcnn_edu.evaluation.results import FIELDS, Kind, Result, check_results, to_coco_results
 from mrcnn_edu.masks import rle_encode
 from mrcnn_edu.ops import PasteRule
 from mrcnn_edu.structures import Detections
@@ -117,9 +117,17 @@ def evaluate(
 
     Nothing predicted gives 0. Raises ValueError for predictions that do not fit the data set or are not finite.
     """
+    _check_predictions(predictions, kinds)
     kinds = available_kinds(dataset, predictions) if kinds is None else kinds
     results = {kind: to_coco_results(dataset, predictions, kind, paste) for kind in kinds}
     return evaluate_results(dataset, results, area_scale, sigmas)
+
+
+def _check_predictions(predictions: object, kinds: object) -> None:
+    if not isinstance(predictions, Mapping) or not all(isinstance(v, Detections) for v in predictions.values()):
+        raise TypeError(f"predictions must be Detections by image id, got {str(predictions)[:60]}")
+    if kinds is not None and not (isinstance(kinds, (list, tuple)) and all(kind in list(FIELDS) for kind in kinds)):
+        raise ValueError(f"kinds must be a list of 'box', 'mask', 'keypoint', got {str(kinds)[:60]}")
 
 
 def available_counter() -> Counter:
@@ -150,8 +158,8 @@ def evaluate_results(
     counter  who counts; None: ``available_counter``
     """
     counter = available_counter() if counter is None else counter
-    if not 0 < area_scale < np.inf:
-        raise ValueError(f"area_scale must be a positive number, got {area_scale}")
+    if not (isinstance(area_scale, (int, float)) and 0 < area_scale < np.inf):
+        raise ValueError(f"area_scale must be a positive number, got {area_scale!r}")
     for kind, entries in results.items():
         check_results(dataset, entries, kind)
     if "mask" in results and dataset.annotations.regions is None:

@@ -6,13 +6,13 @@ compiled ops check what memory safety needs once more, since they can be called 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 MAX_SAMPLES = 256  # per side of a bin (kMaxSamples in csrc/roi_math.h); bounds the work a huge RoI can ask for
+MAX_SCALE = 65536.0  # cells per image pixel; far beyond any use, and far below where float32 overflows
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -57,8 +57,10 @@ def features_and_rois(features: Sequence[Tensor], rois: Tensor, levels: Tensor, 
                 f"{level.dtype} on {level.device}"
             )
     for scale in scales:
-        if not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
-            raise ValueError(f"spatial_scale must be a positive number (1 / stride), got {scale!r}")
+        if not (isinstance(scale, (int, float)) and 0 < scale <= MAX_SCALE):
+            raise ValueError(
+                f"spatial_scale must be a positive number (1 / stride) of at most {MAX_SCALE:.0f}, got {scale!r}"
+            )
     _rois(rois, features[0])
     _levels(levels, rois, len(features))
 
@@ -171,7 +173,8 @@ def masks_and_boxes(mask_probs: Tensor, boxes: Tensor, size: Sequence[int], thre
         raise ValueError(f"one box per mask is needed, got {mask_probs.shape[0]} masks and {boxes.shape[0]} boxes")
     if boxes.device != mask_probs.device:
         raise ValueError(f"boxes are on {boxes.device} but the masks on {mask_probs.device}")
-    if len(size) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in size):
+    pair = tuple(size) if isinstance(size, Sequence) else ()
+    if len(pair) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in pair):
         raise ValueError(f"size must be (height, width) in pixels, each at least 1, got {size!r}")
     if threshold is not None and not (isinstance(threshold, (int, float)) and 0 <= threshold <= 1):
         raise ValueError(f"threshold must be None or a probability, got {threshold!r}")

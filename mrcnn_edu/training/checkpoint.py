@@ -30,6 +30,7 @@ from mrcnn_edu.config import Config, from_json, to_json
 from mrcnn_edu.inference import check_weights
 from mrcnn_edu.training.distributed import ALONE, World
 from mrcnn_edu.training.schedule import WeightAverage
+from mrcnn_edu.unpickling import read_torch
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ def read(path: Path) -> dict[str, Any]:
             f"{path} is damaged: the checksum of its {len(content)} bytes is {digest}, not the one in its name"
         )
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state = read_torch(io.BytesIO(content))
     except Exception as error:  # a file made to deceive can fail in any way inside the reader
         raise ValueError(f"{path} is not a checkpoint of this package: {str(error).splitlines()[0]}") from error
     missing = [part for part in PARTS if not isinstance(state, dict) or part not in state]
@@ -292,13 +293,19 @@ def check_state(expected: dict[str, Tensor], got: dict[str, Tensor], source: str
     """Refuse a state dict with other names, shapes or types than the model's, naming the first that differ."""
     problems = [f"{name} is missing" for name in expected if name not in got]
     problems += [f"{name} is not part of the model" for name in got if name not in expected]
-    for name in [name for name in expected if name in got]:
+    plain = {name for name, value in got.items() if isinstance(value, Tensor) and _has_values(value)}
+    problems += [f"{name} holds no plain numbers" for name in expected if name in got and name not in plain]
+    for name in [name for name in expected if name in plain]:
         want, have = (f"{list(value.shape)} {value.dtype}" for value in (expected[name], got[name]))
         if want != have:
             problems.append(f"{name} is {have}, the model's is {want}")
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise ValueError(f"{source} belongs to another model: {'; '.join(problems[:3])}{more}")
+
+
+def _has_values(value: Tensor) -> bool:
+    return value.layout == torch.strided and not value.is_meta and not value.is_quantized
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

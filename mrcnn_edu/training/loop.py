@@ -70,6 +70,8 @@ def train(
     FloatingPointError when a loss or a gradient is not finite, ``Elsewhere`` when another process failed. Ctrl-C and
     SIGTERM end the iteration, save and leave.
     """
+    if not isinstance(config, Config):
+        raise TypeError(f"config must be a Config, as config.preset gives one, got {type(config).__name__}")
     folder, settings = Path(out), config.train
     with connected(device) as world:
         run, rng = start(config, model, train_data, val_data, folder, resume or restarted(), device, world)
