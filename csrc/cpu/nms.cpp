@@ -8,6 +8,7 @@
 #include <unordered_map>
 
 #include "../box_math.h"
+#include "inner_loops.h"
 #include "kernels.h"
 
 namespace mrcnn_edu {
