@@ -30,9 +30,9 @@ void roi_mean_backward(const RoiProblem& problem, const T* gradient);
 template <typename T, typename A>
 void roi_max_backward(const RoiProblem& problem, const T* gradient, const int32_t* winners);
 
-// Rows of `boxes` [count, 4] kept by greedy NMS, best first. `order` sorts them by score; group may be null.
+// Rows of `boxes` [count, 4] kept by greedy NMS, best first. All numbers are finite; group may be null.
 std::vector<int64_t> nms(
-    const float* boxes, const int64_t* order, const int64_t* group, int64_t count, double threshold, int64_t max_keep);
+    const float* boxes, const double* scores, const int64_t* group, int64_t count, double threshold, int64_t max_keep);
 
 // The pixels one mask can set: rows [top, bottom), columns [left, right) of the image.
 struct Window {

@@ -4,7 +4,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/sort.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -151,16 +150,15 @@ Tensor nms_op(
     const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& groups, double threshold,
     std::optional<int64_t> max_keep) {
   check_nms(boxes, scores, groups, threshold, max_keep);
-  const Tensor rows = boxes.contiguous();
+  const Tensor rows = boxes.contiguous(), values = scores.to(at::kDouble).contiguous();
   check_finite("boxes", rows);
-  check_finite("scores", scores);
-  const Tensor order = std::get<1>(at::sort(scores, /*stable=*/true, /*dim=*/0, /*descending=*/true)).contiguous();
+  check_finite("scores", values);
   const Tensor group = groups ? groups->contiguous() : Tensor();
   const std::vector<int64_t> kept =
-      nms(rows.const_data_ptr<float>(), order.const_data_ptr<int64_t>(),
+      nms(rows.const_data_ptr<float>(), values.const_data_ptr<double>(),
           groups ? group.const_data_ptr<int64_t>() : nullptr, rows.size(0), threshold,
           max_keep.value_or(std::numeric_limits<int64_t>::max()));
-  Tensor result = at::empty({static_cast<int64_t>(kept.size())}, order.options());
+  Tensor result = at::empty({static_cast<int64_t>(kept.size())}, boxes.options().dtype(at::kLong));
   std::copy(kept.begin(), kept.end(), result.mutable_data_ptr<int64_t>());
   return result;
 }
