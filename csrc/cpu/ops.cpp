@@ -56,9 +56,24 @@ Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options, Mem
   return result;
 }
 
+template <typename T>
+void transpose_all(const Tensor& from, int64_t rows, int64_t columns, Tensor& to) {
+  transpose_all(static_cast<const T*>(from.const_data_ptr()), from.size(0), rows, columns,
+                static_cast<T*>(to.mutable_data_ptr()));
+}
+
+// A tensor [N, C, H, W] in the given memory format.
 Tensor turned(const Tensor& tensor, MemoryFormat format) {
   if (tensor.is_contiguous(format)) return tensor;
-  return empty_result(tensor.sizes(), tensor.options(), format).copy_(tensor);
+  Tensor result = empty_result(tensor.sizes(), tensor.options(), format);
+  int64_t rows = tensor.size(1), columns = tensor.size(2) * tensor.size(3);
+  const bool to_planes = format == MemoryFormat::Contiguous;
+  if (to_planes) std::swap(rows, columns);
+  if (!tensor.is_contiguous(to_planes ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous)) result.copy_(tensor);
+  else if (tensor.element_size() == 2) transpose_all<uint16_t>(tensor, rows, columns, result);
+  else if (tensor.element_size() == 4) transpose_all<uint32_t>(tensor, rows, columns, result);
+  else transpose_all<uint64_t>(tensor, rows, columns, result);
+  return result;
 }
 
 // Turning whole maps to channels last reads them in order; turning only the window of each RoI jumps about, which costs
@@ -141,7 +156,7 @@ std::vector<Tensor> roi_features_backward(
   });
   if (type != exact || !channels_last) {
     const MemoryFormat format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-    for (Tensor& map : result) map = empty_result(map.sizes(), map.options().dtype(type), format).copy_(map);
+    for (Tensor& map : result) map = turned(map.to(type), format);
   }
   return result;
 }
