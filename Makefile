@@ -30,7 +30,7 @@ test: $(VENV)/.ready
 lint: $(VENV)/.ready
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@find book -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -exec $(BIN)/nbstripout --verify {} +
+	@find book -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -exec $(BIN)/nbstripout --keep-id --verify {} +
 
 bench: $(VENV)/.ready
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
@@ -38,12 +38,13 @@ bench: $(VENV)/.ready
 lab: $(VENV)/.book
 	@$(BIN)/jupyter lab --notebook-dir=book $(ARGS)
 
-# Jupyter Book's cache knows the notebooks but not the package they import, so it goes whenever either has changed.
+# Jupyter Book's cache knows the notebooks but not the package they import, so it goes whenever that has changed.
 book: $(VENV)/.book
 	@mkdir -p _build
-	@find mrcnn_edu csrc book -type f -not -name '*.pyc' -exec cksum {} + 2>/dev/null | sort > _build/sources.new
+	@find mrcnn_edu csrc -type f -not -name '*.pyc' -exec cksum {} + 2>/dev/null | sort > _build/sources.new
 	@cmp -s _build/sources.new _build/sources || rm -rf _build/.jupyter_cache
 	@mv _build/sources.new _build/sources
+	@rm -rf _build/.doctrees # links between pages of different age break; reading them all again is quick
 	@$(BIN)/jupyter-book build . -q -n -W --keep-going > /dev/null
 	@echo "The book: _build/html/index.html"
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,6 +85,13 @@ class SlimBackbone(nn.Module):
         return self.fpn({name: maps[name] for name in ("c3", "c4", "c5")})
 
 
+class Contiguous(nn.Module):
+    """torchvision's keypoint loss calls ``view`` on the logits, which channels_last maps do not allow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.contiguous()
+
+
 class Torchvision(nn.Module):
     """torchvision's Mask R-CNN behind the interface of this project's loop and evaluation."""
 
@@ -117,13 +125,29 @@ class Torchvision(nn.Module):
         heads = self.detector.roi_heads
         heads.keypoint_roi_pool = align(keypoint.pooled_size)
         heads.keypoint_head = KeypointRCNNHeads(channels, keypoint.convs)
-        heads.keypoint_predictor = KeypointRCNNPredictor(keypoint.convs[-1], keypoint.joints)
+        predictor = KeypointRCNNPredictor(keypoint.convs[-1], keypoint.joints)
+        heads.keypoint_predictor = nn.Sequential(predictor, Contiguous())
         # Images come resized, and masks stay inside their boxes: the pasting belongs to the evaluation, for both alike.
         self.detector.transform.resize = lambda image, target: (image, target)
         self.detector.transform.postprocess = lambda found, sizes, original_sizes: found
-        self.box_head, self.mask_head, self.keypoint_head = heads.box_head, heads.mask_head, heads.keypoint_head
 
-    def forward(self, batch: ImageBatch, targets: list[Target] | None = None) -> dict[str, Tensor] | list[Detections]:
+    # Not attributes: a module with two names would be saved twice.
+    @property
+    def box_head(self) -> nn.Module:
+        return self.detector.roi_heads.box_head
+
+    @property
+    def mask_head(self) -> nn.Module:
+        return self.detector.roi_heads.mask_head
+
+    @property
+    def keypoint_head(self) -> nn.Module:
+        return self.detector.roi_heads.keypoint_head
+
+    def forward(
+        self, batch: ImageBatch, targets: list[Target] | None = None, proposals: None = None, wanted: Iterable[str] = ()
+    ) -> dict[str, Tensor] | list[Detections]:
+        """As ``MaskRCNN.forward``, without given proposals; the losses are always all of them."""
         images = [pixels[:, :h, :w] for pixels, (h, w) in zip(batch.pixels, batch.sizes)]
         if targets is not None:
             losses = self.detector(images, [without_crowds(target).to_dict() for target in targets])

@@ -53,6 +53,25 @@ class Picture(Figure):
         return axes
 
 
+def charts(count: int = 1, width: float = 6.5, height: float = 3.0) -> list[Axes]:
+    """Axes for curves and bars, so many beside each other in one figure of the given width and height in inches."""
+    figure = Picture(width, height)
+    figure.set_layout_engine("constrained")
+    chosen = [figure.add_subplot(1, count, number + 1) for number in range(count)]
+    for axes in chosen:
+        axes.set_facecolor("none")
+        axes.set_prop_cycle(color=[PALETTE[number] for number in (6, 5, 4, 0, 2)])
+        axes.grid(True, color=INK, alpha=0.25, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[:].set_color(INK)
+        axes.tick_params(colors=INK, labelsize=9)
+        axes.title.set(color=INK, fontsize=10)
+        for text in (axes.xaxis.label, axes.yaxis.label):
+            text.set(color=INK, fontsize=9)
+    return chosen
+
+
 def palette(count: int) -> list[Colour]:
     """So many colours that differ: the seven of the palette, then their lighter and their darker shades."""
     mixes = ((0.0, 0.0), (0.5, 1.0), (0.4, 0.0))  # share and gray level of what is mixed in

@@ -1,4 +1,4 @@
-"""The ``mrcnn-edu`` command: what can be typed, and how it is understood. ``commands`` does the work.
+"""The ``mrcnn-edu`` command: what can be typed, and how it is understood; ``HOMES`` says who does it.
 
 Chapter 18 (your own data). Every field of a configuration is an option: ``--model.rpn.nms-threshold 0.5``.
 
@@ -8,18 +8,22 @@ Nothing here imports PyTorch, so that ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import tyro
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import Positional, arg
 from tyro.extras import subcommand_cli_from_dict
 
+from mrcnn_edu.cli_tools import DEMO_WEIGHTS, Check, Convert, Export, Flag
 from mrcnn_edu.config import (
     CONVENTIONS,
     PRESETS,
@@ -32,8 +36,6 @@ from mrcnn_edu.config import (
     preset,
 )
 
-Flag = FlagCreatePairsOff[bool]
-DEMO_WEIGHTS = Path("runs/demo/weights.safetensors")
 DESCRIPTION = """Mask R-CNN, exact and readable: train it, measure it, use it.
 
 Begin with "mrcnn-edu demo". Each command explains itself: "mrcnn-edu train --help"."""
@@ -60,8 +62,12 @@ class Train:
     """Train on your own images with COCO-format annotations.
 
     FOLDER holds train/ and train.json, and for validation val/ and val.json; or train2017/ and
-    annotations/instances_train2017.json as COCO does. Anything else is named with --data.train-images and so on.
-    Classes and keypoints are those of the annotations.
+    annotations/instances_train2017.json as COCO does (2014 as well); or leftImg8bit/ and gtFine/ as Cityscapes does.
+    Anything else is named with --data.train-images and so on. Classes and keypoints are those of the annotations.
+
+    On several GPUs: torchrun --standalone --nproc_per_node=8 -m mrcnn_edu train FOLDER ...
+    --train.batch-size changes the batch and nothing else; --batch derives the learning rate, the iterations, the steps
+    and the warm-up from it and says what they become.
     """
 
     folder: Annotated[Positional[Path | None], arg(metavar="FOLDER")] = None  # images and annotations
@@ -71,8 +77,16 @@ class Train:
     ] = None
     config: Path | None = None  # start from this config.json of a run instead of from a preset
     out: Path = Path("runs/train")  # folder of the run
+    batch: int | None = None  # images per iteration over all processes; rate, iterations and steps follow (linear rule)
+    plan: Flag = False  # only say what it would take: schedule, global batch, memory, hours and cost, on ...
+    gpus: int = 8  # ... so many GPUs ...
+    gpu: Literal["v100", "a100", "h100"] = "h100"  # ... of this kind ...
+    price: float | None = None  # ... at this price of one of them for an hour
     resume: Flag = False  # continue from the last checkpoint in --out, with the config.json there
-    backbone: Path | None = None  # torchvision's ImageNet weights of the ResNet, a .pth file
+    backbone: Path | None = None  # torchvision's ImageNet weights of the ResNet: a .pth file, or torchvision:resnet50
+    start: Path | None = None  # start from the model of this run, class by class as far as the names agree
+    rename: tuple[str, ...] = ()  # our=theirs, such as mcycle=motorcycle: classes that --start has under other names
+    procedure: Literal["end-to-end", "stagewise", "four-step"] = "end-to-end"  # RPN and heads jointly or in turn
     device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -83,17 +97,25 @@ class Train:
 class Evaluate:
     """Measure the AP of trained weights as COCO does: boxes, masks and keypoints.
 
-    Prints a table and writes metrics.json and results-*.json, which the COCO server reads as well.
+    Prints a table and writes metrics.json and results-*.json, which the COCO server reads as well. The images are
+    shared among processes: torchrun --standalone --nproc_per_node=8 -m mrcnn_edu evaluate FOLDER ...
+
+    Published weights are torchvision:NAME, or torchvision:NAME:FILE where there is no network: maskrcnn_resnet50_fpn,
+    maskrcnn_resnet50_fpn_v2, fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2, keypointrcnn_resnet50_fpn.
     """
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")] = Path("data/shapes")  # laid out as for train
-    split: str = "val"  # which images of the folder
+    split: str = "val"  # which images of the folder; of COCO also minival, val2014, test-dev, ...
     images: Path | None = None  # the folder of images, where FOLDER is laid out in another way ...
     annotations: Path | None = None  # ... and their COCO-format file
-    weights: Path = DEMO_WEIGHTS  # weights.safetensors of a run, or the run's folder
+    weights: Path = DEMO_WEIGHTS  # of a run: weights.safetensors or its folder; or torchvision:maskrcnn_resnet50_fpn
     out: Path = Path("runs/evaluate")  # folder for the results
+    figures: Flag = False  # draw precision over recall, the confusion of classes and the kinds of mistakes
     min_size: int | None = None  # px, shorter side the network sees; None: as in the run's config.json, else 800
-    max_size: int | None = None  # px, longer side; None: as in the run's config.json, else 1333
+    max_size: int | None = None  # px, longer side; None: as in the run's config.json, else 1333 (with --scales 2000)
+    scales: tuple[int, ...] = ()  # px; combine what is found at several shorter sides, 400 500 ... 1200 in the paper
+    mirror: Flag = False  # combine it with what is found in the mirror image
+    vote: float | None = None  # IoU of box voting among all that is combined, 0.9 in Detectron; None: no voting
     strict: bool = True  # refuse an inconsistent annotation file; --no-strict drops the faulty parts and reports them
     device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
 
@@ -109,17 +131,55 @@ class Predict:
         Positional[tuple[str, ...]],
         arg(metavar="PICTURE ...", help_behavior_hint="", help='files, folders or patterns such as "photos/*.jpg"'),
     ]
-    weights: Path = DEMO_WEIGHTS  # weights.safetensors of a run, or the run's folder
+    weights: Path = DEMO_WEIGHTS  # of a run: weights.safetensors or its folder; or torchvision:maskrcnn_resnet50_fpn
     out: Path = Path("runs/predict")  # folder for the results
     score: float = 0.5  # draw, and write masks of, detections of at least this score; results-*.json has all
     overlays: bool = True  # write overlays/<picture>.png with what was found
     masks: Flag = False  # write masks/<picture>-<number>-<class>.png for each instance, white on black
     min_size: int | None = None  # px, shorter side the network sees; None: as in the run's config.json, else 800
-    max_size: int | None = None  # px, longer side; None: as in the run's config.json, else 1333
+    max_size: int | None = None  # px, longer side; None: as in the run's config.json, else 1333 (with --scales 2000)
+    scales: tuple[int, ...] = ()  # px; combine what is found at several shorter sides, 400 500 ... 1200 in the paper
+    mirror: Flag = False  # combine it with what is found in the mirror image
+    vote: float | None = None  # IoU of box voting among all that is combined, 0.9 in Detectron; None: no voting
     device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
 
 
-COMMANDS = {"demo": Demo, "train": Train, "evaluate": Evaluate, "predict": Predict}
+@dataclass(frozen=True)
+class Reproduce:
+    """Run the paper's experiments: any row of any table, small on drawn shapes or in full on COCO and Cityscapes.
+
+    Without a name all experiments are listed. A name is that of a row, table2c/roialign-mean, or of a table, table2c. A
+    result is kept as one JSON file per seed; what is there already is not run again, what was stopped goes on. At the
+    end our numbers stand beside the paper's, as a table and as a figure.
+
+    At full scale: torchrun --standalone --nproc_per_node=8 -m mrcnn_edu reproduce table2a --scale coco --data ...
+    """
+
+    names: Annotated[
+        Positional[tuple[str, ...]],
+        arg(metavar="NAME ...", help_behavior_hint="", help="rows or tables; none: list all"),
+    ] = ()
+    scale: Literal["toy", "coco"] = "toy"  # minutes on drawn shapes, or the paper's schedule on its data
+    seeds: int = 1  # run each with the seeds 0, 1, ...
+    plan: Flag = False  # only say what to type at coco scale, and how many hours and how much memory it takes
+    gpus: int = 8  # for --plan: how many ...
+    gpu: Literal["v100", "a100", "h100"] = "h100"  # ... of which kind
+    table: Flag = False  # only show the results that are there
+    out: Path = Path("runs/reproduce")  # folder of all runs and results
+    data: Path | None = None  # folder of the images, laid out as for train; toy: where to draw them, data/shapes-128
+    coco: Path | None = None  # folder of COCO's images, where a row of Cityscapes starts from a model of COCO's
+    unlabelled: Path | None = None  # COCO-format file of unlabelled images, beside their folder of the same name
+    backbone: Path | None = None  # coco: torchvision's ImageNet weights of the ResNet, a .pth file
+    iterations: int | None = None  # fewer or more than the experiment's; kept apart from its other results
+    images: int = 4000  # toy: drawn images to train on; a twentieth as many to measure on
+    device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
+
+
+HOMES = {"Reproduce": "reproducing", "Check": "checking", "Convert": "converting", "Export": "converting"}
+COMMANDS = {
+    "demo": Demo, "train": Train, "evaluate": Evaluate, "predict": Predict, "reproduce": Reproduce,
+    "check": Check, "convert": Convert, "export": Export,
+}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,8 +191,10 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         options = parse(sys.argv[1:] if arguments is None else arguments)
-        run = getattr(import_module("mrcnn_edu.commands"), type(options).__name__.lower())
-        run(options)
+        name = type(options).__name__
+        run = getattr(import_module(f"mrcnn_edu.{HOMES.get(name, 'commands')}"), name.lower())
+        with first_process_speaks():
+            run(options)
     except KeyboardInterrupt:
         print("mrcnn-edu: stopped", file=sys.stderr)
         return 130
@@ -142,9 +204,24 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
         if os.environ.get("MRCNN_EDU_DEBUG"):
             raise
-        print(f"mrcnn-edu: {sentence(error)}", file=sys.stderr)
+        if type(error).__name__ != "Elsewhere" or is_first():  # else it has been told where it happened
+            print(f"mrcnn-edu: {sentence(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def first_process_speaks() -> Iterator[None]:
+    """Of the processes that torchrun has started only the first prints; an error is told by whoever has it."""
+    with contextlib.ExitStack() as stack:
+        if not is_first():
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        yield
+
+
+def is_first() -> bool:
+    """Is this the first, or the only, process of a run?"""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def sentence(error: Exception) -> str:
@@ -154,12 +231,15 @@ def sentence(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def parse(arguments: list[str]) -> Demo | Train | Evaluate | Predict:
+def parse(arguments: list[str]) -> Any:
     """What a command line asks for; exits after --help (0) and after a mistake (2), naming the nearest right option."""
     if not arguments or arguments[0].startswith("-"):
         about = arguments or ["--help"]
         return subcommand_cli_from_dict(COMMANDS, prog="mrcnn-edu", description=DESCRIPTION, args=about)
     name, rest = arguments[0], arguments[1:]
+    if name in ("train", "evaluate") and "--data" in rest[:-1]:  # the same as FOLDER
+        place = rest.index("--data")
+        rest = [rest[place + 1], *rest[:place], *rest[place + 2 :]]
     registry = tyro.constructors.ConstructorRegistry()
     registry.primitive_rule(nested_sizes)
     return tyro.cli(

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,12 +21,16 @@ from tqdm import tqdm
 
 from mrcnn_edu import boxes as box_ops
 from mrcnn_edu import keypoints as keypoint_ops
+from mrcnn_edu.augmentation import Augmentation, detect_views
 from mrcnn_edu.config import DataConfig
 from mrcnn_edu.data.coco import CocoDataset
 from mrcnn_edu.data.images import read_image, to_rgb
 from mrcnn_edu.data.loading import val_loader
 from mrcnn_edu.data.transforms import resize
-from mrcnn_edu.structures import Detections, ImageBatch, Size, Target, check_image
+from mrcnn_edu.structures import Detections, ImageBatch, Proposals, Size, Target, check_image
+
+if TYPE_CHECKING:
+    from mrcnn_edu.training.proposals import SavedProposals
 
 ImageSource = str | os.PathLike | Image.Image | np.ndarray | Tensor
 
@@ -36,16 +41,18 @@ def predict(
     min_size: int = 800,
     max_size: int = 1333,
     batch_size: int = 1,
+    augmentation: Augmentation | None = None,
 ) -> Detections | list[Detections]:
     """What the model finds in one image (Detections) or in each of a list (list of Detections), on the CPU.
 
-    model       called as ``model(ImageBatch) -> list[Detections]``; its training mode is the same afterwards
-    images      path, PIL image, array [H, W, 3] uint8, tensor [3, H, W] uint8 or float in [0, 1]; or a list of these
-    min_size    pixels, shorter side the network sees ...
-    max_size    ... unless the longer side would pass this
-    batch_size  images at a time; with 1 an image's result cannot depend on its neighbours through the padding
-    returns     boxes and keypoints in the pixels of the image as given; masks stay ``mask_probs [N, M, M]`` inside
-                their boxes, which ``ops.paste_masks`` puts into the image
+    model         called as ``model(ImageBatch) -> list[Detections]``; its training mode is the same afterwards
+    images        path, PIL image, array [H, W, 3] uint8, tensor [3, H, W] uint8 or float in [0, 1]; or a list of these
+    min_size      pixels, shorter side the network sees ...
+    max_size      ... unless the longer side would pass this
+    batch_size    images at a time; with 1 an image's result cannot depend on its neighbours through the padding
+    augmentation  sizes and mirror images to combine, a view at a time, in place of the three numbers before
+    returns       boxes and keypoints in the pixels of the image as given; masks stay ``mask_probs [N, M, M]`` inside
+                  their boxes, which ``ops.paste_masks`` puts into the image
 
     Raises ValueError or TypeError for anything that is no image and FloatingPointError where numbers are not finite.
     """
@@ -61,6 +68,9 @@ def predict(
         chunk = sources[start : start + batch_size]
         names = ["the image" if single else f"image {start + index}" for index in range(len(chunk))]
         tensors = [as_image(source, name) for source, name in zip(chunk, names)]
+        if augmentation is not None:
+            found += [detect_augmented(model, *pair, augmentation) for pair in zip(tensors, names)]
+            continue
         sizes = [(image.shape[1], image.shape[2]) for image in tensors]
         resized = [resize(image, Target.empty(size), min_size, max_size)[0] for image, size in zip(tensors, sizes)]
         batch = ImageBatch.collate(resized, sizes)
@@ -69,41 +79,78 @@ def predict(
 
 
 def predict_dataset(
-    model: nn.Module, dataset: CocoDataset, config: DataConfig, batch_size: int = 8, progress: bool = False
+    model: nn.Module,
+    dataset: CocoDataset,
+    config: DataConfig,
+    batch_size: int = 8,
+    progress: bool = False,
+    proposals: SavedProposals | None = None,
+    augmentation: Augmentation | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> dict[int, Detections]:
     """What the model finds in every image of a data set, by image id, in the images' own pixels, on the CPU.
 
-    config      gives the size (``test_size``, ``max_size``) and the number of loader processes
-    batch_size  images at a time
-    progress    show a bar on stderr
+    config        gives the size (``test_size``, ``max_size``) and the number of loader processes
+    batch_size    images at a time
+    progress      show a bar on stderr
+    proposals     to use in place of the model's own, ``training.proposals.SavedProposals``
+    augmentation  sizes and mirror images to combine, a view at a time, in place of the config's size
+    rank, world   this process among how many; it predicts its own part of the images only
 
-    Raises FloatingPointError where weights or outputs are not finite.
+    Raises FloatingPointError where weights or outputs are not finite, ValueError for both proposals and augmentation.
     """
+    if proposals is not None and augmentation is not None:
+        raise ValueError("saved proposals are of one view; leave out proposals or augmentation")
     check_weights(model)
     found: dict[int, Detections] = {}
-    with tqdm(total=len(dataset), desc="predicting", unit="image", disable=not progress) as bar:
-        for batch, _, image_ids in val_loader(dataset, config, batch_size):
+    if augmentation is not None:
+        own = range(rank, len(dataset), world)
+        for index in tqdm(own, desc="predicting", unit="image", disable=not progress):
+            image_id = dataset.image_id(index)
+            found[image_id] = detect_augmented(model, dataset[index][0], f"image {image_id}", augmentation)
+        return found
+    batches = val_loader(dataset, config, batch_size, rank, world)
+    with tqdm(total=batches.images, desc="predicting", unit="image", disable=not progress) as bar:
+        for batch, _, image_ids in batches:
             names = [f"image {image_id}" for image_id in image_ids]
-            found.update(zip(image_ids, detect(model, batch, names)))
+            given = None if proposals is None else proposals.of_batch(batch, image_ids)
+            found.update(zip(image_ids, detect(model, batch, names, given)))
             bar.update(len(image_ids))
     return found
 
 
-def detect(model: nn.Module, batch: ImageBatch, names: Sequence[str] | None = None) -> list[Detections]:
+def detect(
+    model: nn.Module,
+    batch: ImageBatch,
+    names: Sequence[str] | None = None,
+    proposals: list[Proposals] | None = None,
+) -> list[Detections]:
     """The model's detections for a batch, in the pixels of the original images, checked to be finite, on the CPU.
 
-    names  what to call each image in an error message
+    names      what to call each image in an error message
+    proposals  one per image, in the batch's pixels, to use in place of the model's own
     """
     names = names or [f"image {index}" for index in range(len(batch))]
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     with evaluating(model), torch.inference_mode():
-        found = model(batch.to(device))
+        batch = batch.to(device)
+        found = model(batch) if proposals is None else model(batch, proposals=[part.to(device) for part in proposals])
     checked = []
     for detections, size, original_size, name in zip(found, batch.sizes, batch.original_sizes, names):
         detections = detections.to("cpu")
         check_finite(detections, name)
         checked.append(to_original(detections, size, original_size))
     return checked
+
+
+def detect_augmented(model: nn.Module, image: Tensor, name: str, augmentation: Augmentation) -> Detections:
+    """The detections of all views of one image ``[3, H, W]``, in its own pixels, checked to be finite, on the CPU."""
+    with evaluating(model), torch.inference_mode():
+        found, size = detect_views(model, image, augmentation)
+    found = found.to("cpu")
+    check_finite(found, name)
+    return to_original(found, size, (image.shape[1], image.shape[2]))
 
 
 def to_original(detections: Detections, size: Size, original_size: Size) -> Detections:

@@ -66,8 +66,13 @@ def flip(keypoints: Tensor, width: int, pairs: tuple[tuple[int, int], ...]) -> T
 
     pairs  indices of the joints that are each other's mirror image, such as left and right hand
     """
-    order = list(range(keypoints.shape[1]))
+    x, y, v = keypoints[:, mirror_order(keypoints.shape[1], pairs)].unbind(-1)
+    return torch.stack([torch.where(v > 0, width - x, x), y, v], dim=-1)
+
+
+def mirror_order(joints: int, pairs: tuple[tuple[int, int], ...]) -> list[int]:
+    """For each of J joints the one whose place it takes in a mirror; itself, unless it is in one of the pairs."""
+    order = list(range(joints))
     for left, right in pairs:
         order[left], order[right] = right, left
-    x, y, v = keypoints[:, order].unbind(-1)
-    return torch.stack([torch.where(v > 0, width - x, x), y, v], dim=-1)
+    return order

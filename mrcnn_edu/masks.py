@@ -179,8 +179,19 @@ def polygons_to_mask(polygons: list[Any], size: Size) -> Tensor:
     parts = [part for part in parts if len(part) >= 3]
     if not parts:
         return torch.zeros(height, width, dtype=torch.bool)
-    drawn = coco_mask.frPyObjects([part.reshape(-1).tolist() for part in parts], height, width)
-    return torch.from_numpy(coco_mask.decode(coco_mask.merge(drawn)).astype(bool))
+    # Only the window that holds them is drawn. pycocotools works in fifths of a pixel: rounded to those before the
+    # window's corner is taken off, a coordinate cannot be rounded otherwise than in the whole image.
+    corners = np.concatenate(parts)
+    origin = np.maximum(np.floor(corners.min(axis=0)), 0)
+    parts = [np.where(origin > 0, np.trunc(part * 5 + 0.5) / 5 - origin, part) for part in parts]
+    (x1, y1), (x2, y2) = (
+        limit.astype(int).tolist() for limit in (origin, np.minimum(np.ceil(corners.max(axis=0)) + 2, (width, height)))
+    )
+    mask = np.zeros((height, width), dtype=bool)
+    if x1 < x2 and y1 < y2:
+        drawn = coco_mask.frPyObjects([part.reshape(-1).tolist() for part in parts], y2 - y1, x2 - x1)
+        mask[y1:y2, x1:x2] = coco_mask.decode(drawn[0] if len(drawn) == 1 else coco_mask.merge(drawn))
+    return torch.from_numpy(mask)
 
 
 def check_polygon(polygon: Any) -> np.ndarray:

@@ -85,11 +85,13 @@ class ImageBatch:
     pixels          [B, 3, H, W] RGB in [0, 1], zeros where padded
     sizes           [(h, w)] of each image before padding, in the pixels of ``pixels``
     original_sizes  [(h, w)] of each image before it was resized
+    mirrored        is each image the mirror image of the original; None: none of them
     """
 
     pixels: Tensor
     sizes: list[Size]
     original_sizes: list[Size]
+    mirrored: list[bool] | None = None
 
     def __post_init__(self) -> None:
         if self.pixels.ndim != 4 or self.pixels.shape[1] != 3:
@@ -98,6 +100,10 @@ class ImageBatch:
             raise ValueError(
                 f"ImageBatch needs one size and one original size per image, got {len(self.pixels)} images, "
                 f"{len(self.sizes)} sizes, {len(self.original_sizes)} original sizes"
+            )
+        if self.mirrored is not None and len(self.mirrored) != len(self.pixels):
+            raise ValueError(
+                f"ImageBatch.mirrored must say it of each of {len(self.pixels)} images, got {len(self.mirrored)}"
             )
         height, width = self.pixels.shape[2:]
         for index, (h, w) in enumerate(self.sizes):
@@ -134,7 +140,9 @@ class ImageBatch:
         width = -(-max(w for _, w in sizes) // multiple) * multiple
         pixels = torch.zeros(len(images), 3, height, width, device=images[0].device)
         for padded, image, (h, w) in zip(pixels, images, sizes):
-            padded[:, :h, :w] = image if image.is_floating_point() else image / 255
+            padded[:, :h, :w] = image
+            if not image.is_floating_point():
+                padded[:, :h, :w].div_(255)
         return cls(pixels, sizes, list(original_sizes) if original_sizes is not None else sizes)
 
 

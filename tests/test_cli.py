@@ -54,7 +54,7 @@ def trained(folder, tmp_path_factory):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "predict"])
+@pytest.mark.parametrize("command", ["demo", "train", "evaluate", "predict", "reproduce"])
 def test_each_command_explains_itself(capsys, command):
     status, out, _ = run(capsys, command, "--help")
     assert status == 0
@@ -83,7 +83,8 @@ def test_the_module_is_the_command():
     done = subprocess.run([sys.executable, "-m", "mrcnn_edu", "dmeo"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "mrcnn-edu: unknown command 'dmeo', did you mean 'demo'? Known: demo, train, evaluate, predict\n"
+        "mrcnn-edu: unknown command 'dmeo', did you mean 'demo'? "
+        "Known: demo, train, evaluate, predict, reproduce, check, convert, export\n"
     )
 
 
@@ -114,6 +115,27 @@ def test_options_change_the_preset_and_nothing_else():
         assert options.model == model
         assert options.train == replace(start.train, iterations=100)
         assert options.data == start.data and options.folder == Path("x")
+
+
+def test_training_in_stages_and_going_on_with_other_classes(capsys, folder, tmp_path):
+    """RPN and heads in turn, resumed when done; then a model of renamed classes that starts from it."""
+    out, tiny = tmp_path / "run", [*TINY, "--device", "cpu"]
+    status, printed, errors = run(capsys, "train", folder, "--out", out, "--procedure", "stagewise", *tiny)
+    assert status == 0, errors
+    assert f"its weights: {out}" in printed and (out / "heads" / "weights.safetensors").exists()
+    status, _, errors = run(capsys, "train", folder, "--out", out, "--procedure", "stagewise", "--resume")
+    assert status == 0, errors
+    names = json.loads((folder / "train.json").read_text())
+    names["categories"][0]["name"], names["categories"][1]["name"] = "disc", "blob"
+    (tmp_path / "train.json").write_text(json.dumps(names))
+    (tmp_path / "train").symlink_to(folder / "train")
+    start = ["train", tmp_path, "--out", tmp_path / "next", "--start", out, *tiny]
+    status, printed, errors = run(capsys, *start, "--rename", "disc=circle")
+    assert status == 0, errors
+    assert f"5 classes start as in {out}; at random: blob" in printed
+    for wrong, message in ((["disc"], "--rename wants our=theirs"), (["disc=ring2"], "did you mean 'ring'")):
+        status, _, errors = run(capsys, *start, "--rename", *wrong)
+        assert status == 2 and message in errors
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -197,6 +197,7 @@ BAD = [
     (BackboneConfig, {"frozen_stages": -1}, "0 to 5"),
     (BackboneConfig, {"channels": 0}, "channels must be at least 1"),
     (BackboneConfig, {"roi_level_size": 0.0}, "positive number of pixels"),
+    (BackboneConfig, {"features": "c3"}, "did you mean 'c"),
     (BackboneConfig, {"levels": ()}, "consecutive levels"),
     (BackboneConfig, {"levels": ("p2", "p4", "p5")}, "consecutive levels"),
     (BackboneConfig, {"levels": ("p5", "p4")}, "consecutive levels"),
@@ -218,15 +219,25 @@ BAD = [
     (BoxHeadConfig, {"positive_iou": 2.0}, "0 to 1"),
     (BoxHeadConfig, {"pooled_size": 0}, "at least 1"),
     (BoxHeadConfig, {"layer": "roialign"}, "did you mean 'roi_align'"),
-    (BoxHeadConfig, {"fc": ()}, "one or more positive widths"),
-    (BoxHeadConfig, {"fc": (1024, 0)}, "one or more positive widths"),
+    (BoxHeadConfig, {"fc": (1024, 0)}, "positive widths"),
+    (BoxHeadConfig, {"mode": "average"}, "Known: mean, max"),
+    (BoxHeadConfig, {"sampling": "hard"}, "did you mean 'hardest'"),
+    (BoxHeadConfig, {"hardest_nms": 1.1}, "0 to 1"),
+    (BoxHeadConfig, {"res5_stride": 3}, "res5_stride must be 1 or 2, got 3"),
     (BoxHeadConfig, {"delta_weights": (10.0, 10.0, 5.0, 0.0)}, "four positive numbers"),
     (BoxHeadConfig, {"score_threshold": 5}, "0 to 1"),
     (BoxHeadConfig, {"nms_threshold": NAN}, "0 to 1"),
     (BoxHeadConfig, {"detections_per_image": 0}, "at least 1"),
     (MaskHeadConfig, {"pooled_size": 0}, "at least 1"),
     (MaskHeadConfig, {"layer": "pool"}, "did you mean 'roi_pool'"),
-    (MaskHeadConfig, {"convs": ()}, "one or more positive widths"),
+    (MaskHeadConfig, {"convs": (256, 0)}, "positive widths"),
+    (MaskHeadConfig, {"deconv": 0}, "None or at least 1"),
+    (MaskHeadConfig, {"branch": "fc"}, "Known: fcn, mlp"),
+    (MaskHeadConfig, {"fc": ()}, "one or more positive widths"),
+    (MaskHeadConfig, {"size": 0}, "at least 1"),
+    (MaskHeadConfig, {"classes": "all"}, "Known: specific, agnostic"),
+    (MaskHeadConfig, {"loss": "multinomial"}, "Known: sigmoid, softmax"),
+    (MaskHeadConfig, {"mode": "sum"}, "Known: mean, max"),
     (MaskHeadConfig, {"rois_per_image": 0}, "None or at least 1"),
     (KeypointHeadConfig, {"joints": 0}, "at least 1"),
     (KeypointHeadConfig, {"labels": (0,)}, "class labels of at least 1"),
@@ -237,6 +248,7 @@ BAD = [
     (ModelConfig, {"classes": 0}, "at least 1 foreground class"),
     (ModelConfig, {"head_norm": "group"}, "Known: none, batch"),
     (ModelConfig, {"backbone": BackboneConfig(levels=("p4", "p5"))}, "one entry per backbone level, got 5 for the 2"),
+    (ModelConfig, {"backbone": BackboneConfig(features="c5")}, "got 5 for the 1 levels c5"),
     (ModelConfig, {"keypoint": KeypointHeadConfig(labels=(3,)), "classes": 2}, r"keypoint.labels must lie in 1\.\.2"),
     (DataConfig, {"min_size": ()}, "one or more positive sizes"),
     (DataConfig, {"min_size": (0,)}, "one or more positive sizes"),
@@ -280,6 +292,39 @@ def test_bad_values_are_refused_where_they_are_set(kind, values, message):
         replace(kind(), **values)
     with pytest.raises(ValueError, match=message):
         from_json(kind, to_json(kind()) | {k: to_json(v) if is_dataclass(v) else v for k, v in values.items()})
+
+
+def test_branches_that_share_res5_share_their_pooling():
+    """On C4 res5 sees each roi once: it cannot be pooled in one way for the box and in another for the mask."""
+    config = MODELS["maskrcnn_resnet50_c4"]
+    pooled = replace(config.box, layer="roi_pool")
+    with pytest.raises(ValueError, match=r"mask.layer must be box.layer on C4, .* got 'roi_align' and 'roi_pool'"):
+        replace(config, box=pooled)
+    assert replace(config, box=pooled, mask=None).box.layer == "roi_pool"
+    with pytest.raises(ValueError, match=r"keypoint.pooled_size must be box.pooled_size on C4, .* got 14 and 7"):
+        replace(config, keypoint=KeypointHeadConfig())
+
+
+def test_released_models_differ_from_the_paper_where_the_table_says_so():
+    """Rois per image 64 or 512, test proposals 300 or 1000, NMS 0.3 or 0.5, 7 x 7 and stride 1 or 14 x 14 and 2."""
+
+    def numbers(name):
+        model = MODELS[name]
+        box = model.box
+        return box.rois_per_image, model.rpn.post_nms[1], box.nms_threshold, box.pooled_size, box.res5_stride
+
+    assert numbers("maskrcnn_resnet50_c4") == (64, 300, 0.3, 7, 1)
+    for name in ("maskrcnn_resnet50_c4_detectron1", "maskrcnn_resnet50_c4_detectron2"):
+        assert numbers(name) == (512, 1000, 0.5, 14, 2)
+        assert MODELS[name].rpn.pre_nms == (12_000, 6000) and MODELS[name].rpn.post_nms[0] == 2000
+        assert MODELS[name].conventions.samples_per_bin == 0  # as many samples as a bin has cells
+    for implementation, kept in {"detectron1": 2000, "detectron2": 1000}.items():
+        rpn = MODELS[f"maskrcnn_resnet50_fpn_{implementation}"].rpn
+        assert (rpn.pre_nms, rpn.post_nms) == ((2000, 1000), (kept, 1000))
+    assert MODELS["maskrcnn_resnext101_32x8d_fpn_detectron2"].conventions.pixel_std == (57.375, 57.12, 58.395)
+    for architecture in ("resnet50", "resnet101", "resnext101_32x8d"):
+        person = MODELS[f"keypointrcnn_{architecture}_fpn_detectron2"]
+        assert person.conventions.box_beta == 0.5 and person.rpn.post_nms == (1500, 1000)
 
 
 # JSON -----------------------------------------------------------------------------------------------

@@ -10,7 +10,15 @@ from torch.nn import functional as F
 from torchvision.models.detection.roi_heads import fastrcnn_loss, keypointrcnn_loss, maskrcnn_loss
 
 from mrcnn_edu.keypoints import encode
-from mrcnn_edu.losses import box_loss, classification_loss, keypoint_loss, mask_loss, objectness_loss
+from mrcnn_edu.losses import (
+    box_loss,
+    classification_loss,
+    keypoint_loss,
+    mask_loss,
+    multinomial_mask_loss,
+    objectness_loss,
+    roi_losses,
+)
 from mrcnn_edu.masks import crop_masks
 
 
@@ -69,6 +77,22 @@ def test_masks_by_hand():
     torch.testing.assert_close(loss, torch.tensor((math.log(4 / 3) + math.log(4)) / 2))
 
 
+def test_multinomial_masks_by_hand():
+    """Three channels of 1, 2 and 5 eighths: -ln 5/8 where the object of class 2 is, -ln 1/8 where it is not."""
+    logits = torch.tensor([1.0, 2.0, 5.0]).log().reshape(1, 3, 1, 1).expand(1, 3, 2, 2)
+    target = torch.tensor([[[1.0, 1.0], [1.0, 0.0]]])
+    loss = multinomial_mask_loss(logits, target, torch.tensor([2]))
+    torch.testing.assert_close(loss, torch.tensor((3 * math.log(8 / 5) + math.log(8)) / 4))
+
+
+def test_single_rois_by_hand():
+    """A positive costs ln 3 and the half square of its delta, a negative ln 3 whatever its deltas say."""
+    deltas = torch.zeros(2, 2, 4)
+    deltas[0, 1, 0], deltas[1] = 0.5, 9.0
+    losses = roi_losses(torch.zeros(2, 3), deltas, torch.tensor([2, 0]), torch.zeros(2, 4), 1.0)
+    torch.testing.assert_close(losses, torch.tensor([math.log(3) + 0.125, math.log(3)]))
+
+
 def test_keypoints_by_hand():
     cells, visible = torch.tensor([[0, 5]]), torch.tensor([[True, True]])
     torch.testing.assert_close(keypoint_loss(torch.zeros(1, 2, 3, 3), cells, visible), torch.tensor(math.log(9)))
@@ -86,6 +110,13 @@ def test_only_the_own_class_of_a_mask_learns(random):
     mask_loss(logits, torch.ones(2, 4, 4), torch.tensor([1, 3])).backward()
     learns = logits.grad.flatten(2).abs().sum(dim=2) > 0
     assert learns.tolist() == [[True, False, False], [False, False, True]]
+
+
+def test_multinomial_masks_compete(random):
+    logits = rand(2, 4, 3, 3, generator=random).requires_grad_()
+    multinomial_mask_loss(logits, torch.ones(2, 3, 3), torch.tensor([1, 3])).backward()
+    assert (logits.grad != 0).all()
+    torch.testing.assert_close(logits.grad.sum(dim=1), torch.zeros(2, 3, 3))  # what one gains the others lose
 
 
 def test_only_visible_joints_learn(random):
@@ -110,7 +141,9 @@ def test_the_divisor_divides_and_nothing_else(random):
     torch.testing.assert_close(4 * objectness_loss(logits, positive, 8), objectness_loss(logits, positive, 2))
 
 
-@pytest.mark.parametrize("name", ["objectness", "box", "l1", "classification", "mask", "keypoint", "no visible joint"])
+@pytest.mark.parametrize(
+    "name", ["objectness", "box", "l1", "classification", "mask", "multinomial", "keypoint", "no visible joint"]
+)
 def test_nothing_to_learn_is_zero_and_still_has_gradients(name):
     """A layer whose outputs nobody needs has a gradient of zero, not none: every process has the same graph."""
     layer, inputs = torch.nn.Linear(2, 36), torch.ones(1 if name == "no visible joint" else 0, 2)
@@ -121,6 +154,7 @@ def test_nothing_to_learn_is_zero_and_still_has_gradients(name):
         "l1": lambda: box_loss(out.reshape(-1, 4), torch.zeros(0, 4), 0.0, 1),
         "classification": lambda: classification_loss(out, none),
         "mask": lambda: mask_loss(out.reshape(-1, 4, 3, 3), torch.zeros(0, 3, 3), none),
+        "multinomial": lambda: multinomial_mask_loss(out.reshape(-1, 4, 3, 3), torch.zeros(0, 3, 3), none),
         "keypoint": lambda: keypoint_loss(
             out.reshape(-1, 4, 3, 3), torch.zeros(0, 4, dtype=torch.int64), torch.zeros(0, 4, dtype=torch.bool)
         ),
@@ -145,6 +179,7 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda x: classification_loss(x, labels), draw(3, 3))
     target = torch.rand(2, 3, 3, generator=generator, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: mask_loss(x, target, torch.tensor([2, 1])), draw(2, 2, 3, 3))
+    assert torch.autograd.gradcheck(lambda x: multinomial_mask_loss(x, target, torch.tensor([2, 1])), draw(2, 3, 3, 3))
     cells, visible = torch.tensor([[1, 8]]), torch.tensor([[True, True]])
     assert torch.autograd.gradcheck(lambda x: keypoint_loss(x, cells, visible), draw(1, 2, 3, 3))
 
@@ -166,6 +201,14 @@ def test_box_head_losses_are_torchvisions(random):
     own = deltas[positives, labels[positives]]  # torchvision keeps a row for the background
     torch.testing.assert_close(classification_loss(logits, labels), theirs[0])
     torch.testing.assert_close(box_loss(own, wanted[positives], 1 / 9, len(labels)), theirs[1])
+
+
+def test_multinomial_masks_are_torchs_cross_entropy(random):
+    """With a target of zeros and ones: the class inside the mask, 0 outside, averaged over all pixels."""
+    logits, inside = rand(3, 5, 6, 6, generator=random), torch.rand(3, 6, 6, generator=random) > 0.4
+    labels = torch.tensor([4, 1, 2])
+    theirs = F.cross_entropy(logits, torch.where(inside, labels[:, None, None], 0))
+    torch.testing.assert_close(multinomial_mask_loss(logits, inside.float(), labels), theirs)
 
 
 def rois(count: int, generator: torch.Generator) -> torch.Tensor:

@@ -163,6 +163,17 @@ def test_polygons_are_pycocotools_own(numbers):
         assert torch.equal(polygons_to_mask([numbers], (40, 60)), torch.from_numpy(theirs.astype(bool)))
 
 
+def test_decimals_are_rounded_as_in_the_whole_image():
+    """Small polygons with one or two decimals, tenths among them: in fifths of a pixel these lie just on the edge."""
+    generator = np.random.default_rng(0)
+    for number in range(600):
+        decimals, count = 1 + number % 2, int(generator.integers(3, 9))
+        corners = generator.uniform(-6, 45, 2) + generator.uniform(-12, 12, (count, 2))
+        numbers = np.round(corners, decimals).reshape(-1).tolist()
+        theirs = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([numbers], 40, 48)))
+        assert np.array_equal(polygons_to_mask([numbers], (40, 48)).numpy(), theirs.astype(bool)), numbers
+
+
 def test_far_corners_cost_nothing_and_change_nothing():
     start = time.perf_counter()
     assert polygons_to_mask([[-1e9, -1e9, 1e9, -1e9, 1e9, 1e9, -1e9, 1e9]], (50, 70)).all()

@@ -172,7 +172,7 @@ def test_missing_masks_and_counts_are_refused(model):
 
 def test_names_are_corrected():
     with pytest.raises(ValueError, match="did you mean 'maskrcnn_resnet50_fpn'"):
-        build_model("maskrcnn_resnet50")
+        build_model("maskrcnn_resnet50_fnp")
     with pytest.raises(ValueError, match="did you mean 'torchvision'"):
         build_model("maskrcnn_shapes", conventions="torchvison")
 

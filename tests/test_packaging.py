@@ -155,8 +155,8 @@ def test_the_readmes_python_runs(readme, tmp_path, monkeypatch):
 
 def test_the_readmes_commands_are_understood(readme, monkeypatch, tmp_path):
     shell = "\n".join(re.findall(r"```sh\n(.*?)```", readme, re.S))
-    commands = re.findall(r"^mrcnn-edu (.*)$", shell, re.M)
-    assert {command.split()[0] for command in commands} == {"train", "evaluate", "predict"}
+    commands = re.findall(r"^(?:mrcnn-edu|torchrun .*-m mrcnn_edu) ([^#\n]*)", shell, re.M)
+    assert {command.split()[0] for command in commands} == {"train", "evaluate", "predict", "check", "reproduce"}
     for command in commands:
         assert cli.parse(command.replace('"', "").split()) is not None
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
@@ -176,17 +176,3 @@ def test_links_within_the_repository_lead_somewhere(page):
 def test_the_files_the_readme_names_exist(readme):
     for name in re.findall(r"`((?:mrcnn_edu|book|tests)/[\w/.]*)`", readme):
         assert (ROOT / name).exists(), name
-
-
-def test_the_table_of_contents_is_complete():
-    toc = yaml.safe_load((ROOT / "_toc.yml").read_text())
-    listed = [toc["root"], *(chapter["file"] for chapter in toc["chapters"])]
-    for page in listed:
-        assert any((ROOT / f"{page}{suffix}").exists() for suffix in (".md", ".ipynb")), page
-    present = {
-        path.relative_to(ROOT).with_suffix("").as_posix()
-        for pattern in ("*.md", "*.ipynb")
-        for path in (ROOT / "book").rglob(pattern)
-        if ".ipynb_checkpoints" not in path.parts
-    }
-    assert set(listed) == present

@@ -53,7 +53,7 @@ def step(run: Run) -> None:
 
 
 def capture(run: Run, config: Config = CONFIG, categories: Categories = CATEGORIES, data: str = "data") -> dict:
-    return checkpoint.capture(run, config, categories, data)
+    return checkpoint.capture(run, config, categories, data, [rng_state()])
 
 
 def restore(run: Run, state: dict, config: Config = CONFIG, categories: Categories = CATEGORIES, data="data") -> None:
@@ -89,7 +89,7 @@ def test_restored_run_goes_on_to_the_bit(tmp_path: Path) -> None:
     two = make_run(seed=5)
     state, _ = checkpoint.load(tmp_path)
     restore(two, state)
-    set_rng_state(state["rng"])
+    set_rng_state(state["rng"][0])
     assert two.iteration == 3
     for _ in range(3):
         step(two)
@@ -105,14 +105,24 @@ def test_random_generators_come_back(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, capture(run))
     drawn = [random.random(), numpy.random.rand(), torch.rand(1).item()]
     seed_rng(8)
-    set_rng_state(checkpoint.load(tmp_path)[0]["rng"])
+    set_rng_state(checkpoint.load(tmp_path)[0]["rng"][0])
     assert drawn == [random.random(), numpy.random.rand(), torch.rand(1).item()]
 
 
-def test_a_change_in_the_number_of_gpus_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    state = rng_state() | {"cuda": [torch.zeros(16, dtype=torch.uint8)] * 99}
-    set_rng_state(state)
-    assert "other random numbers" in caplog.text
+def test_a_gpu_that_has_come_or_gone_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    other = [] if torch.cuda.is_available() else [torch.zeros(16, dtype=torch.uint8)]
+    set_rng_state(rng_state() | {"cuda": other})
+    assert "draws other numbers" in caplog.text
+
+
+def test_processes_of_a_run_draw_other_numbers() -> None:
+    drawn = []
+    for rank in (0, 1, 2, 0):
+        seed_rng(5, rank)
+        drawn.append((random.random(), numpy.random.rand(), torch.rand(1).item()))
+    assert len(set(drawn)) == 3 and drawn[0] == drawn[3]
+    torch.manual_seed(5)
+    assert torch.rand(1).item() == drawn[0][2]
 
 
 def test_the_last_two_are_kept(tmp_path: Path) -> None:
@@ -289,52 +299,10 @@ def test_a_failing_disk_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.
     assert checkpoint.load(tmp_path)[0]["iteration"] == 2
 
 
-SAVER = """
-import os, random, signal, sys, time
-import torch
-from pathlib import Path
-from mrcnn_edu.training import checkpoint
-
-torch.set_num_threads(1)
-folder, kills = Path(sys.argv[1]), int(sys.argv[2])
-generator = random.Random(0)
-
-
-def save_as_fast_as_it_goes(pipe):
-    parts = dict.fromkeys(checkpoint.PARTS) | {"format": checkpoint.FORMAT}
-    for iteration in range(1, 100_000):
-        content = {"iteration": iteration, "model": torch.full((500_000,), float(iteration))}
-        checkpoint.save(folder, parts | content)
-        os.write(pipe, f"{iteration} ".encode())
-
-
-for _ in range(kills):
-    for path in folder.iterdir():
-        path.unlink()
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        save_as_fast_as_it_goes(writer)
-    os.close(writer)
-    acknowledged = os.read(reader, 100)  # waits for the first
-    time.sleep(generator.uniform(0, 0.1))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    while more := os.read(reader, 100_000):
-        acknowledged += more
-    state, _ = checkpoint.load(folder)
-    assert state["iteration"] >= int(acknowledged.split()[-1]), (state["iteration"], acknowledged)
-    assert torch.equal(state["model"], torch.full((500_000,), float(state["iteration"])))
-checkpoint.save(folder, {"iteration": 100_001})
-assert not list(folder.glob("*.tmp"))
-"""
-
-
 @pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
 def test_a_kill_loses_no_acknowledged_checkpoint(tmp_path: Path) -> None:
     """kill -9 at ten moments while saving: what was acknowledged, or a later one, loads whole."""
-    (tmp_path / "saver.py").write_text(SAVER)
-    (tmp_path / "run").mkdir()
-    command = [sys.executable, str(tmp_path / "saver.py"), str(tmp_path / "run"), "10"]
+    script = Path(__file__).with_name("kill_runs.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run(command, check=True, env=environment, timeout=120)
+    command = [sys.executable, str(script), "saving", str(tmp_path / "run"), "10"]
+    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, timeout=120)

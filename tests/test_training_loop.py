@@ -20,6 +20,7 @@ from training_runs import CONFIG, ENVIRONMENT, IMAGES, MODEL, tiny_model, with_t
 from mrcnn_edu.config import Config, KeypointHeadConfig
 from mrcnn_edu.data.coco import CocoDataset
 from mrcnn_edu.data.shapes import write
+from mrcnn_edu.evaluation import measure
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
 from mrcnn_edu.training import checkpoint, loop
 from mrcnn_edu.training.export import load_model
@@ -313,17 +314,17 @@ def test_half_precision_that_overflows_for_ever_stops(data: Datasets, tmp_path: 
 
 def test_a_signal_while_evaluating(data: Datasets, tmp_path: Path, undisturbed: Path, monkeypatch) -> None:
     """Ctrl-C during the evaluation after iteration 3 does not wait for its end, and loses nothing."""
-    predict = loop.predict_dataset
+    predict = measure.predict_dataset
 
-    def interrupted(*arguments):
+    def interrupted(*_, **__):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 
-    monkeypatch.setattr(loop, "predict_dataset", interrupted)
+    monkeypatch.setattr(measure, "predict_dataset", interrupted)
     config = with_train(evaluate_every=3)
     with pytest.raises(KeyboardInterrupt, match="stopped after iteration 3"):
         run(config, data, tmp_path / "run", validate=True)
-    monkeypatch.setattr(loop, "predict_dataset", predict)
+    monkeypatch.setattr(measure, "predict_dataset", predict)
     run(config, data, tmp_path / "run", validate=True, resume=True)
     assert_same_end(tmp_path / "run", undisturbed)
 
@@ -349,7 +350,7 @@ def test_sigterm_to_all_processes_of_a_run(folder: Path, data: Datasets, tmp_pat
     assert "resume continues from it" in printed, errors
     assert child.returncode == 143
     assert state(out)["iteration"] == lines_so_far(out)[-1]["iteration"]
-    assert "DataLoader" not in errors
+    assert "DataLoader worker" not in errors
 
 
 def lines_so_far(out: Path) -> list[dict]:

@@ -22,9 +22,9 @@ def test_a_signal_waits_for_the_check(number: int, kind: type[BaseException]) ->
     with StopSignals() as signals:
         signals.check()
         send(number)
-        with pytest.raises(Stopped):
+        with pytest.raises(Stopped) as raised:
             signals.check()
-        error = signals.as_exception("stopped")
+    error = raised.value.as_exit("stopped")
     assert isinstance(error, kind)
     assert error.args == ((143,) if number == signal.SIGTERM else ("stopped",))
     assert before == {n: signal.getsignal(n) for n in before}

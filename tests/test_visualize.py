@@ -121,9 +121,12 @@ def test_labels_stay_inside_and_apart():
             assert min(width, height) < 2, "labels cover each other"
 
 
-def test_write_inside_small_axes_is_no_error():
-    axes = stage((10, 10), 0.5)
-    write(axes, "a long label in a tiny picture", (0, 0, 5, 5), (0, 0, 0), [])
+def test_a_label_too_long_for_its_axes_begins_at_their_edge():
+    axes, taken = stage((10, 10), 0.5), []
+    write(axes, "a long label in a tiny picture", (0, 0, 5, 5), (0, 0, 0), taken)
+    panel = axes.get_window_extent()
+    assert [text.get_text() for text in axes.texts] == ["a long label in a tiny picture"]
+    assert taken[0][0] == panel.x0 and taken[0][2] > panel.x1
 
 
 def test_scores_below_the_threshold_are_left_out():

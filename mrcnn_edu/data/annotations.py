@@ -99,6 +99,8 @@ def read_annotations(path: str | Path, strict: bool = True, keypoints: bool = Tr
     """
     faults = Faults(str(path), strict)
     content = read_json(Path(path), faults)
+    if isinstance(content, dict) and Path(path).name.startswith("image_info"):
+        content.setdefault("annotations", [])  # what COCO has of images whose annotations it keeps to itself
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ValueError(f"{path}: a COCO file is an object with the list {key!r} among others, found none")

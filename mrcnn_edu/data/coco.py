@@ -100,6 +100,7 @@ class CocoDataset(Dataset):
             raise NotADirectoryError(f"the image folder {self.images_dir} does not exist or is no folder")
         self.annotations, self.report = read_annotations(self.annotations_file, strict, keypoints)
         self.categories = CategoryMap(self.annotations.categories)
+        self.has_masks = self.annotations.regions is not None
         self.joints: int = self.annotations.keypoints.shape[1]
         self.flip_pairs = flip_pairs(self.categories) if self.joints else ()
 
@@ -136,7 +137,16 @@ class CocoDataset(Dataset):
 
     def path(self, index: int) -> Path:
         """The image file; ValueError when its name leads out of the image folder."""
-        return file_inside(self.images_dir, self.annotations.files[index].decode())
+        return file_inside(self.images_dir, self.file_name(index))
+
+    def file_name(self, index: int) -> str:
+        """The image's path below the image folder, as the annotation file gives it."""
+        return self.annotations.files[index].decode()
+
+    def labels(self, index: int) -> tuple[Tensor, Tensor]:
+        """The labels [N] and crowd flags [N] of one image, without drawing its masks."""
+        rows = slice(*self.annotations.first[index : index + 2].tolist())
+        return self.annotations.labels[rows], self.annotations.crowd[rows]
 
     def image_id(self, index: int) -> int:
         """The id the annotation file gives the image."""

@@ -24,6 +24,12 @@ JOINTS = ("head", "neck", "hip", "left_hand", "right_hand", "left_foot", "right_
 SKELETON = ((1, 2), (2, 3), (2, 4), (2, 5), (3, 6), (3, 7))  # limbs as pairs of joints, counted from 1
 FLIP_PAIRS = ((3, 4), (5, 6))  # joints that change places in a mirror, counted from 0
 
+# How hard the scenes are to learn from. Random colours on both sides of an edge teach nothing until a network has found
+# out that only the edge matters; the gentler the values, the sooner that moment comes.
+TILT = 0.25  # radians a shape leans at most to either side
+CONTRAST = 0.4  # of the full range, by which at least one channel of a shape differs from what it is painted on
+TEXTURE = 0.2  # how far a texture's second colour goes from the first towards another random one
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shapes as signed distances
@@ -46,12 +52,11 @@ class Stamp:
 
 
 def stamp(label: int, x: float, y: float, half: float, rng: np.random.Generator, size: Size) -> Stamp:
-    """A shape of the given class around (x, y), turned by a random angle."""
+    """A shape of the given class around (x, y), upright but for a random tilt."""
     reach = half + 2
     rows, columns = _window(y - reach, y + reach, size[0]), _window(x - reach, x + reach, size[1])
     dx, dy = _centres(columns)[None, :] - np.float32(x), _centres(rows)[:, None] - np.float32(y)
-    upright = label == FIGURE
-    angle = rng.uniform(-0.4, 0.4) if upright else rng.uniform(0, 2 * math.pi)
+    angle = rng.uniform(-TILT, TILT)
     cos, sin = math.cos(angle), math.sin(angle)
     shape = _SHAPES[CLASSES[label - 1]]
     distance, outline, joints = shape(cos * dx + sin * dy, cos * dy - sin * dx, half, rng)
@@ -75,7 +80,7 @@ Drawn = tuple[np.ndarray, "np.ndarray | None", "np.ndarray | None"]  # distance,
 
 
 def _regular(count: int, radius: float) -> np.ndarray:
-    angles = 2 * math.pi * np.arange(count) / count
+    angles = 2 * math.pi * np.arange(count) / count - math.pi / 2  # the first corner on top
     return radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
@@ -90,14 +95,14 @@ def _square(x: np.ndarray, y: np.ndarray, half: float, rng: np.random.Generator)
 
 
 def _triangle(x: np.ndarray, y: np.ndarray, half: float, rng: np.random.Generator) -> Drawn:
-    slanted = (math.sqrt(3) / 2) * np.abs(y) + 0.5 * x  # the two sides that meet at (half, 0)
-    return np.maximum(slanted, -x) - half / 2, _regular(3, half), None
+    slanted = (math.sqrt(3) / 2) * np.abs(x) - 0.5 * y  # the two sides that meet at (0, -half)
+    return np.maximum(slanted, y) - half / 2, _regular(3, half), None
 
 
 def _star(x: np.ndarray, y: np.ndarray, half: float, rng: np.random.Generator) -> Drawn:
     inner = half * rng.uniform(0.42, 0.55)
     tenth = math.pi / 5
-    angle = np.abs((np.arctan2(y, x) + tenth) % (2 * tenth) - tenth)  # folded to one half of one of the five tips
+    angle = np.abs((np.arctan2(x, -y) + tenth) % (2 * tenth) - tenth)  # folded to one half of one of the five tips
     radius = np.hypot(x, y)
     notch_x, notch_y = inner * math.cos(tenth), inner * math.sin(tenth)
     edge = math.hypot(notch_y, half - notch_x)  # from the notch to the tip
@@ -173,7 +178,7 @@ def background(rng: np.random.Generator, size: Size) -> np.ndarray:
     x = np.arange(width, dtype=np.float32)[None, :] - width / 2
     y = np.arange(height, dtype=np.float32)[:, None] - height / 2
     first, second = _colours(rng, None)
-    paint = _texture(rng, x, y, min(height, width) / 2, first, first + 0.6 * (second - first))
+    paint = _texture(rng, x, y, min(height, width) / 2, first, second)
     return np.array(np.broadcast_to(paint, (3, height, width)), dtype=np.float32)
 
 
@@ -191,7 +196,7 @@ def draw_line(pixels: np.ndarray, rng: np.random.Generator) -> None:
 
 
 def _colours(rng: np.random.Generator, around: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Two random colours ``[3]`` in [0, 1], the first at least a little unlike what is ``around``."""
+    """Two related random colours ``[3]`` in [0, 1], the first of them unlike what is ``around``."""
     while True:
         colours = [
             np.array(
@@ -199,8 +204,8 @@ def _colours(rng: np.random.Generator, around: np.ndarray | None) -> tuple[np.nd
             )
             for _ in range(2)
         ]
-        if around is None or np.abs(colours[0] - around).max() > 0.15:
-            return colours[0], colours[1]
+        if around is None or np.abs(colours[0] - around).max() > CONTRAST:
+            return colours[0], colours[0] + TEXTURE * (colours[1] - colours[0])
 
 
 def _texture(

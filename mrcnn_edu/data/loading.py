@@ -4,14 +4,16 @@ Chapter 13 (training) and Chapter 19 (many GPUs). Paper: Section 3.1 (16 images 
 
 The training stream is one endless list of positions 0, 1, 2, ... that belongs to the seed alone: position p lies in
 epoch p // n, at place p % n of that epoch's permutation, and has its own random numbers. Batches, workers and ranks
-only cut the list into pieces, so training resumes exactly wherever it stopped, with any number of workers.
+only cut the list into pieces, so training resumes exactly wherever it stopped, with any number of workers. Images of
+one orientation come in groups, since a batch is padded to its largest height and width.
 """
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from mrcnn_edu.structures import ImageBatch, Size, Target, check_target
 
 Batch = tuple[ImageBatch, list[Target], list[int]]  # images, their targets, their ids
 
-Sample = tuple[Tensor, Target, Size, int]  # image, target, size before the resize, image id
+Sample = tuple[Tensor, Target, Size, int, bool]  # image, target, size before the resize, image id, mirrored
 
 TIMEOUT = 300.0  # seconds a batch may take before a stuck worker is called an error
 PREFETCH = 2  # batches each worker prepares ahead
@@ -62,7 +64,8 @@ def train_loader(
     _check_dataset(dataset, rank, world)
     share = batch_size // world
     augment = Augment.for_training(config, dataset.flip_pairs)
-    order = _TrainOrder(len(dataset), batch_size, seed, start, rank * share, share)
+    upright = [height > width for height, width in dataset.sizes]
+    order = _TrainOrder(len(dataset), batch_size, seed, start, rank * share, share, upright, config.group)
     _check_shared_memory(dataset, augment, share, config.workers)
     return _unpacked(_loader(_Samples(dataset, augment, seed), order, config.workers, timeout))
 
@@ -73,23 +76,24 @@ def val_loader(
     """All images once, in order, resized to ``config.test_size`` and otherwise as they are.
 
     batch_size   images per batch of this process
-    rank, world  this process gets images rank, rank + world, ...; none comes twice
+    rank, world  this process gets batches rank, rank + world, ... of those that one alone would see; none comes twice
     returns      something to iterate over, any number of times, with a length in batches
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     _check_dataset(dataset, rank, world)
     augment = Augment.for_testing(config)
-    order = _ValOrder(range(rank, len(dataset), world), batch_size)
+    order = _ValOrder(len(dataset), batch_size, rank, world)
     _check_shared_memory(dataset, augment, batch_size, config.workers)
-    return ValLoader(_loader(_Samples(dataset, augment, seed=0), order, config.workers, timeout))
+    return ValLoader(_loader(_Samples(dataset, augment, seed=0), order, config.workers, timeout), order.images)
 
 
 @dataclass(frozen=True)
 class ValLoader:
-    """Finite batches in order."""
+    """Finite batches in order, of so many images."""
 
     loader: DataLoader
+    images: int
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -103,10 +107,28 @@ class ValLoader:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """The indices 0..count - 1 in the order of one epoch, [count] int64."""
+def epoch_order(count: int, seed: int, epoch: int, upright: list[bool] | None = None, group: int = 1) -> Tensor:
+    """The indices 0..count - 1 in the order of one epoch, [count] int64.
+
+    upright  which images are taller than wide; None: nobody asks
+    group    positions 0..group - 1 of the whole stream, and each ``group`` after them, hold images of one orientation
+
+    An epoch need not begin with a group: its first indices complete the last group of the epoch before, and what
+    remains of both orientations ends it. These groups may be mixed, at most three per epoch.
+    """
     generator = torch.Generator().manual_seed(_mix(seed, 0, epoch))
-    return torch.randperm(count, generator=generator)
+    order = torch.randperm(count, generator=generator)
+    if upright is None or group == 1:
+        return order
+    chosen, waiting = order.tolist(), ([], [])
+    grouped = chosen[: -epoch * count % group]
+    for index in chosen[len(grouped) :]:
+        members = waiting[upright[index]]
+        members.append(index)
+        if len(members) == group:
+            grouped += members
+            members.clear()
+    return torch.tensor(grouped + waiting[0] + waiting[1])
 
 
 def _mix(*numbers: int) -> int:
@@ -125,6 +147,8 @@ class _TrainOrder:
     start: int
     offset: int
     share: int
+    upright: list[bool]
+    group: int
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, order = -1, []
@@ -134,7 +158,7 @@ class _TrainOrder:
             for position in range(first, first + self.share):
                 if position // self.count != epoch:
                     epoch = position // self.count
-                    order = epoch_order(self.count, self.seed, epoch).tolist()
+                    order = epoch_order(self.count, self.seed, epoch, self.upright, self.group).tolist()
                 batch.append((position, order[position % self.count]))
             yield batch
             first += self.batch_size
@@ -142,17 +166,30 @@ class _TrainOrder:
 
 @dataclass(frozen=True)
 class _ValOrder:
-    """The given indices in batches; a position is the index itself."""
+    """All indices in batches, of which this rank has every ``world``-th; a position is the index itself.
 
-    indices: range
+    Whole batches are shared out, not images: the padding of an image, and so its result to the last bit, depends on
+    those it is batched with.
+    """
+
+    count: int
     batch_size: int
+    rank: int
+    world: int
+
+    @property
+    def images(self) -> int:
+        return sum(min(self.batch_size, self.count - first) for first in self._firsts())
 
     def __len__(self) -> int:
-        return -(-len(self.indices) // self.batch_size)
+        return len(self._firsts())
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for first in range(0, len(self.indices), self.batch_size):
-            yield [(index, index) for index in self.indices[first : first + self.batch_size]]
+        for first in self._firsts():
+            yield [(index, index) for index in range(first, min(first + self.batch_size, self.count))]
+
+    def _firsts(self) -> range:
+        return range(self.rank * self.batch_size, self.count, self.world * self.batch_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -181,7 +218,8 @@ class _Samples(Dataset):
         joints = self.dataset.joints or None
         check_target(target, original_size, len(self.dataset.categories), joints, f"target of image {image_id}")
         generator = torch.Generator().manual_seed(_mix(self.seed, 1, position))
-        return (*self.augment(image, target, generator), original_size, image_id)
+        drawn = self.augment.draw(generator)
+        return (*self.augment.apply(image, target, drawn), original_size, image_id, drawn.mirrored)
 
 
 @dataclass(frozen=True)
@@ -200,8 +238,8 @@ class PackedBatch:
         for sample in samples:
             if isinstance(sample, Exception):
                 return sample
-        images, targets, original_sizes, image_ids = zip(*samples)
-        batch = ImageBatch.collate(list(images), list(original_sizes))
+        images, targets, original_sizes, image_ids, mirrored = zip(*samples)
+        batch = replace(ImageBatch.collate(list(images), list(original_sizes)), mirrored=list(mirrored))
         masks = None
         if targets[0].masks is not None:
             masks = torch.cat([target.masks.reshape(-1) for target in targets])
@@ -242,6 +280,7 @@ def _loader(samples: _Samples, order: Any, workers: int, timeout: float) -> Data
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the workers are the threads
+    gc.freeze()  # the collector would write into every page that is shared with the parent
 
 
 def _unpacked(loader: DataLoader) -> Iterator[Batch]:

@@ -44,8 +44,10 @@ __all__ = ["CATEGORY_IDS", "CLASSES", "FIGURE", "FLIP_PAIRS", "JOINTS", "SKELETO
 
 CATEGORY_IDS = (3, 7, 12, 18, 25, 31)  # of the classes in a written file; as in COCO, with gaps
 HALF_SIZE = (0.04, 0.34)  # of the image's shorter side, log-uniform
+NOISE = (0.005, 0.03)  # standard deviation of the pixels' noise, of the full range
+FIGURES = 0.3  # share of the figures; in photographs, too, people are the most frequent class
 MOST_HIDDEN = 0.6  # a later shape may hide this share of an earlier one
-VERSION = 1  # of the drawings: raise it when the same seed gives another image, so that old folders are rewritten
+VERSION = 4  # of the drawings: raise it when the same seed gives another image, so that old folders are rewritten
 SPLITS = ("train", "val")
 EMPTY, CROWDED = 0.03, 0.07  # shares of images without any instance, and with a crowd region
 
@@ -134,7 +136,7 @@ def draw_scene(seed: int | Sequence[int], size: int | Size = 160, instances: tup
             _draw_crowd(scene, rng)
         for _ in range(rng.integers(instances[0], instances[1] + 1)):
             _place(scene, rng)
-    noise = rng.standard_normal(scene.pixels.shape, dtype=np.float32) * rng.uniform(0.005, 0.06)
+    noise = rng.standard_normal(scene.pixels.shape, dtype=np.float32) * rng.uniform(*NOISE)
     scene.pixels = np.rint(np.clip(scene.pixels + noise, 0, 1) * 255).astype(np.uint8)
     return scene
 
@@ -146,7 +148,7 @@ def draw_scene(seed: int | Sequence[int], size: int | Size = 160, instances: tup
 
 def _place(scene: Scene, rng: np.random.Generator) -> None:
     """Draw one instance where it hides no earlier one by more than MOST_HIDDEN; smaller and smaller if need be."""
-    label = int(rng.integers(1, len(CLASSES) + 1))
+    label = FIGURE if rng.random() < FIGURES else int(rng.integers(1, FIGURE))
     side = min(scene.size)
     half = side * math.exp(rng.uniform(math.log(HALF_SIZE[0]), math.log(HALF_SIZE[1])))
     for attempt in range(40):

@@ -20,12 +20,14 @@ def as_text(evaluation: Evaluation, per_class: bool = True) -> str:
 
     per_class  with the second table
     """
-    small, large = (f"{limit:g}" for limit in evaluation.size_limits)
     lines = [
-        f"{evaluation.images} images, {evaluation.instances} instances; percent, AP over IoU 0.50:0.95",
-        f"small is under {small} x {small} pixels, large over {large} x {large}",
-        "",
+        f"{evaluation.images} images, {evaluation.instances} instances; percent, AP over IoU 0.50:0.95, "
+        f"counted by {evaluation.counter}"
     ]
+    if evaluation.size_limits:
+        small, large = (f"{limit:g}" for limit in evaluation.size_limits)
+        lines.append(f"small is under {small} x {small} pixels, large over {large} x {large}")
+    lines.append("")
     rows = []
     for kind, metrics in evaluation.kinds.items():
         # keypoints have a single recall, of at most 20 detections per image

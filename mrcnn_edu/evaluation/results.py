@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -77,6 +77,20 @@ def image_results(
         else:
             continue
         yield result
+
+
+def merge_results(parts: Sequence[list[Result]], image_ids: Sequence[int]) -> list[Result]:
+    """The results of several processes as one list, in the order of the images; the first that has an image counts.
+
+    So what a sampler has handed out twice to fill a batch cannot count twice.
+    """
+    found: dict[int, list[Result]] = {}
+    for part in parts:
+        own: dict[int, list[Result]] = {}
+        for result in part:
+            own.setdefault(result["image_id"], []).append(result)
+        found = own | found
+    return [result for image_id in image_ids for result in found.get(image_id, [])]
 
 
 def save_results(path: str | os.PathLike, results: list[Result]) -> None:

@@ -1,6 +1,6 @@
 """The box head: what is in this roi, and where exactly?
 
-Chapter 10 (Fast R-CNN's second stage). Paper: Section 3, Faster R-CNN, and Section 3.1; Figure 4, right.
+Chapter 10 (Fast R-CNN's second stage). Paper: Section 3, Faster R-CNN, and Section 3.1; Figure 4.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mrcnn_edu import boxes as box_ops
-from mrcnn_edu.losses import box_loss, classification_loss
-from mrcnn_edu.matching import ignore_crowd, match, sample
+from mrcnn_edu.losses import box_loss, classification_loss, roi_losses
+from mrcnn_edu.matching import IGNORED, POSITIVE, ignore_crowd, match, sample
+from mrcnn_edu.models.mask_head import conv_stack, fc_stack, initialise_fc
 from mrcnn_edu.models.resnet import Norm
-from mrcnn_edu.ops import batched_nms
+from mrcnn_edu.ops import batched_nms, nms
 from mrcnn_edu.structures import Detections, Proposals, Samples, Size, Target
 
 Weights = tuple[float, float, float, float]
@@ -22,38 +23,63 @@ Weights = tuple[float, float, float, float]
 class BoxHead(nn.Module):
     """Pooled features [R, C, P, P] to class logits [R, K + 1] and deltas [R, K, (dx, dy, dw, dh)].
 
-    Two hidden fully connected layers, then one linear layer for each output. Index 0 of the logits is background; the
-    deltas have one row per foreground class, label k in row k - 1.
+    Two hidden fully connected layers (C4: none), then one linear layer for each output. Index 0 of the logits is
+    background; the deltas have one row per foreground class, label k in row k - 1.
 
-    norm  builds a norm after each hidden layer, or None: a large learning rate needs one, since the first layer adds up
-          thousands of inputs
+    norm     builds a norm after each hidden layer, or None: a large learning rate needs one, since the first layer adds
+             up thousands of inputs
+    average  begin with the mean over the P x P places, as the head of C4 ends ("ave" in Figure 4, left)
+    convs    widths of 3x3 convs in front, which the paper has not; ``conv_norm`` builds the norm after each, or None
     """
 
     def __init__(
-        self, channels: int, pooled_size: int, widths: tuple[int, ...], classes: int, norm: Norm | None = None
+        self,
+        channels: int,
+        pooled_size: int,
+        widths: tuple[int, ...],
+        classes: int,
+        norm: Norm | None = None,
+        average: bool = False,
+        convs: tuple[int, ...] = (),
+        conv_norm: Norm | None = None,
     ) -> None:
         super().__init__()
-        self.classes = classes
-        layers: list[nn.Module] = [nn.Flatten()]
-        inputs = channels * pooled_size**2
-        for width in widths:
-            layers.append(nn.Linear(inputs, width))
-            layers += [nn.ReLU()] if norm is None else [norm(width), nn.ReLU()]
-            inputs = width
-        self.hidden = nn.Sequential(*layers)
-        self.class_logits = nn.Linear(inputs, classes + 1)
-        self.deltas = nn.Linear(inputs, classes * 4)
-        for layer in self.hidden:
-            if isinstance(layer, nn.Linear):
-                nn.init.kaiming_uniform_(layer.weight, a=1)
-                nn.init.zeros_(layer.bias)
+        self.classes, self.average = classes, average
+        self.convs = conv_stack(channels, convs, conv_norm)
+        channels = convs[-1] if convs else channels
+        inputs = channels if average else channels * pooled_size**2
+        self.hidden = fc_stack(inputs, widths, norm)
+        self.class_logits = nn.Linear(widths[-1] if widths else inputs, classes + 1)
+        self.deltas = nn.Linear(widths[-1] if widths else inputs, classes * 4)
+        initialise_fc(self.hidden)
         for layer, std in ((self.class_logits, 0.01), (self.deltas, 0.001)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self.hidden(pooled)  # [R, 1024]
+        pooled = self.convs(pooled)
+        hidden = self.hidden(pooled.mean(dim=(2, 3)) if self.average else pooled)  # [R, 1024]
         return self.class_logits(hidden), self.deltas(hidden).reshape(-1, self.classes, 4)
+
+
+@torch.no_grad()
+def label_rois(
+    proposals: Proposals, target: Target, crowd: Tensor, positive_iou: float, crowd_overlap: float | None = None
+) -> tuple[Samples, Tensor]:
+    """All rois of one image, proposals and ground truth, with their labels; and the status [S] of each.
+
+    target  single instances only; crowd holds the boxes [M, 4] of the image's crowd regions
+
+    The true boxes join the proposals so that a young RPN, which finds nothing yet, does not leave the heads without
+    positives.
+    """
+    boxes = torch.cat([proposals.boxes, target.boxes])
+    matched, status = match(box_ops.iou(target.boxes, boxes), positive_iou, positive_iou)
+    status = ignore_crowd(status, boxes, crowd, crowd_overlap)
+    labels = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
+    positives = status == POSITIVE
+    labels[positives] = target.labels[matched[positives]]
+    return Samples(boxes, labels, matched), status
 
 
 @torch.no_grad()
@@ -66,21 +92,47 @@ def sample_rois(
     positive_iou: float,
     crowd_overlap: float | None = None,
 ) -> Samples:
-    """The rois one image trains the heads on: proposals and ground truth, a share of them positives.
+    """The rois one image trains the heads on, drawn at random: a share of them positives, the rest negatives.
 
-    target  single instances only; crowd holds the boxes [M, 4] of the image's crowd regions
-
-    The true boxes join the proposals so that a young RPN, which finds nothing yet, does not leave the heads without
-    positives.
+    proposals, target, crowd  as in ``label_rois``
     """
-    boxes = torch.cat([proposals.boxes, target.boxes])
-    matched, status = match(box_ops.iou(target.boxes, boxes), positive_iou, positive_iou)
-    status = ignore_crowd(status, boxes, crowd, crowd_overlap)
+    rois, status = label_rois(proposals, target, crowd, positive_iou, crowd_overlap)
     positives, negatives = sample(status, count, positive_fraction)
-    rows = torch.cat([positives, negatives]).sort().values
-    labels = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
-    labels[positives] = target.labels[matched[positives]]
-    return Samples(boxes[rows], labels[rows], matched[rows])
+    return rois[torch.cat([positives, negatives]).sort().values]
+
+
+def candidate_rois(
+    proposals: Proposals, target: Target, crowd: Tensor, positive_iou: float, crowd_overlap: float | None = None
+) -> Samples:
+    """Every roi of one image that may be trained on, to choose the hardest from; arguments as in ``label_rois``."""
+    rois, status = label_rois(proposals, target, crowd, positive_iou, crowd_overlap)
+    return rois[status != IGNORED]
+
+
+@torch.no_grad()
+def hardest_rois(
+    class_logits: Tensor,
+    deltas: Tensor,
+    candidates: Samples,
+    target: Target,
+    count: int,
+    nms_threshold: float,
+    weights: Weights,
+    beta: float,
+    plus_one: bool = False,
+) -> Samples:
+    """Online hard example mining [38]: the ``count`` rois of one image with the largest losses, positives or not.
+
+    class_logits   [S, K + 1] and deltas [S, K, 4], what the head now says about the S candidates
+    nms_threshold  IoU; of two rois that overlap more only the harder stays, so that no loss is counted twice (0.7 [38])
+    weights, beta, plus_one  of the box loss
+    """
+    wanted = torch.zeros_like(candidates.boxes)
+    positives = candidates.labels > 0
+    truth = target.boxes[candidates.matched[positives]]
+    wanted[positives] = box_ops.encode(truth, candidates.boxes[positives], weights, plus_one)
+    losses = roi_losses(class_logits.float(), deltas.float(), candidates.labels, wanted, beta)
+    return candidates[nms(candidates.boxes, losses, nms_threshold, max_keep=count).sort().values]
 
 
 def box_head_losses(
@@ -142,8 +194,8 @@ def detect_boxes(
     return found[batched_nms(found.boxes, found.scores, found.labels, nms_threshold, max_keep=most)]
 
 
-def at_most(samples: Samples, count: int | None) -> Samples:
-    """The samples themselves, or a random ``count`` of them where there are more."""
-    if count is None or len(samples) <= count:
-        return samples
-    return samples[torch.randperm(len(samples), device=samples.labels.device)[:count]]
+def at_most(rows: Tensor, count: int | None) -> Tensor:
+    """The rows themselves, or a random ``count`` of them where there are more."""
+    if count is None or len(rows) <= count:
+        return rows
+    return rows[torch.randperm(len(rows), device=rows.device)[:count]]

@@ -37,23 +37,26 @@ class KeypointHead(nn.Module):
         return F.interpolate(small, scale_factor=2, mode="bilinear", align_corners=False)
 
 
-def keypoint_samples(
-    samples: Samples, target: Target, labels: tuple[int, ...], rule: Literal["visible", "all"]
-) -> Samples:
-    """The positives that train the branch: of a class that has keypoints, and by rule with a visible one inside.
+def keypoint_rows(samples: Samples, target: Target, labels: tuple[int, ...], rule: Literal["visible", "all"]) -> Tensor:
+    """The rows of the positives that train the branch: of a class with keypoints, by rule with a visible one inside.
 
     labels  the classes that have keypoints; empty means all
     """
     if target.keypoints is None:
         raise ValueError("a model with a keypoint head needs Target.keypoints to train; build it with keypoint=None")
-    chosen = samples.labels > 0
-    if labels:
-        chosen = chosen & torch.isin(samples.labels, torch.tensor(labels, device=chosen.device))
-    samples = samples[chosen]
+    rows = rows_with_keypoints(samples.labels, labels)
     if rule == "visible":
-        _, visible = encode(target.keypoints[samples.matched], samples.boxes, 1)
-        samples = samples[visible.any(dim=1)]
-    return samples
+        _, visible = encode(target.keypoints[samples.matched[rows]], samples.boxes[rows], 1)
+        rows = rows[visible.any(dim=1)]
+    return rows
+
+
+def rows_with_keypoints(labels: Tensor, allowed: tuple[int, ...]) -> Tensor:
+    """The rows of ``labels [N]`` whose class has keypoints: is one of the allowed, or any where none is named."""
+    chosen = labels > 0
+    if allowed:
+        chosen = chosen & torch.isin(labels, torch.tensor(allowed, device=labels.device))
+    return chosen.nonzero()[:, 0]
 
 
 def keypoint_head_loss(keypoint_logits: Tensor, positives: list[Samples], targets: list[Target]) -> Tensor:

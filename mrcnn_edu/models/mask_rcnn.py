@@ -9,6 +9,7 @@ the two is decided by the arguments, never by the training flag, so a validation
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,23 +25,32 @@ from mrcnn_edu.config import (
     lookup,
     model_config,
 )
+from mrcnn_edu.losses import ALL_LOSSES, HEAD_LOSSES, RPN_LOSSES, any_of
 from mrcnn_edu.matching import split_crowd
-from mrcnn_edu.models.backbone import Backbone
-from mrcnn_edu.models.box_head import BoxHead, at_most, box_head_losses, detect_boxes, sample_rois
-from mrcnn_edu.models.fpn import FPN
-from mrcnn_edu.models.keypoint_head import KeypointHead, keypoint_head_loss, keypoint_samples
-from mrcnn_edu.models.mask_head import MaskHead, mask_head_loss, own_masks
-from mrcnn_edu.models.resnet import FrozenBatchNorm, ResNet
-from mrcnn_edu.models.roi_features import RoIFeatures
+from mrcnn_edu.models.backbone import Backbone, Res5, build_backbone
+from mrcnn_edu.models.box_head import (
+    BoxHead,
+    at_most,
+    box_head_losses,
+    candidate_rois,
+    detect_boxes,
+    hardest_rois,
+    sample_rois,
+)
+from mrcnn_edu.models.keypoint_head import KeypointHead, keypoint_head_loss, keypoint_rows, rows_with_keypoints
+from mrcnn_edu.models.mask_head import MaskHead, MLPMaskHead, build_mask_head, mask_head_loss, own_masks
+from mrcnn_edu.models.resnet import FrozenBatchNorm
+from mrcnn_edu.models.roi_features import RoIFeatures, build_roi_features
 from mrcnn_edu.models.rpn import RPN, Guess, propose, rpn_losses
-from mrcnn_edu.structures import Detections, ImageBatch, Proposals, Target, check_target
+from mrcnn_edu.structures import Detections, ImageBatch, Proposals, Samples, Target, check_target
 
 
 class MaskRCNN(nn.Module):
     """Faster R-CNN with a mask branch, a keypoint branch, or both.
 
     The modules come from ``build_model``; ``config`` holds the numbers of matching, sampling and filtering. A head that
-    is None is left out: without both, this is Faster R-CNN.
+    is None is left out: without both, this is Faster R-CNN. With ``res5`` (C4) the fifth stage of the ResNet stands
+    between the roi features and every head.
     """
 
     def __init__(
@@ -51,14 +61,16 @@ class MaskRCNN(nn.Module):
         box_features: RoIFeatures,
         box_head: BoxHead,
         mask_features: RoIFeatures | None = None,
-        mask_head: MaskHead | None = None,
+        mask_head: MaskHead | MLPMaskHead | None = None,
         keypoint_features: RoIFeatures | None = None,
         keypoint_head: KeypointHead | None = None,
+        res5: Res5 | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.backbone = backbone
         self.rpn = rpn
+        self.res5 = res5
         self.box_features, self.box_head = box_features, box_head
         self.mask_features, self.mask_head = mask_features, mask_head
         self.keypoint_features, self.keypoint_head = keypoint_features, keypoint_head
@@ -67,33 +79,46 @@ class MaskRCNN(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(std)[:, None, None], persistent=False)
 
     def forward(
-        self, batch: ImageBatch, targets: list[Target] | None = None, proposals: list[Proposals] | None = None
+        self,
+        batch: ImageBatch,
+        targets: list[Target] | None = None,
+        proposals: list[Proposals] | None = None,
+        only: Collection[str] | None = None,
+        boxes_only: bool = False,
     ) -> dict[str, Tensor] | list[Detections]:
         """Losses when targets are given, detections when not; the training flag never decides.
 
         batch      B images in the network's frame
         targets    one per image, in the pixels of ``batch.pixels``
         proposals  one per image, to use in place of the RPN's own (stage-wise training, tests)
+        only       the losses to compute, where the model is trained in stages; None: all. What they do not need is not
+                   run: with ``RPN_LOSSES`` no head, with saved proposals and without ``RPN_LOSSES`` no RPN
+        boxes_only detections without masks and keypoints, from a model that has them (Section 4.3)
         returns    the losses "objectness", "rpn_box", "classification", "box" and, where there are such heads, "mask"
                    and "keypoint"; or one Detections per image, in the pixels of ``batch.pixels``
 
         Raises ValueError for targets or proposals that do not fit the batch or the model.
         """
         self.check(batch, targets, proposals)
+        training, only = targets is not None, ALL_LOSSES if only is None else only
         features = self.backbone(self.normalise(batch))  # {"p2": [B, 256, H/4, W/4], ...}
-        guess = self.rpn(features, batch.pixels.shape[-2:])  # anchors, objectness, deltas
-        if proposals is None:
-            proposals = self.propose(guess, batch, training=targets is not None)
-        if targets is None:
-            return self.detect(features, proposals, batch)
-        return self.losses(features, guess, proposals, batch, targets)
+        guess = None
+        if proposals is None or (training and any_of(RPN_LOSSES, only)):
+            guess = self.rpn(features, batch.pixels.shape[-2:])  # anchors, objectness, deltas
+        if proposals is None and (not training or any_of(HEAD_LOSSES, only)):
+            proposals = self.propose(guess, batch, training)
+        if not training:
+            return self.detect(features, proposals, batch, boxes_only)
+        return self.losses(features, guess, proposals, batch, targets, only)
 
     def normalise(self, batch: ImageBatch) -> Tensor:
         """Pixels as the backbone wants them: channel order, range, mean and deviation; zero where padded."""
         pixels = batch.pixels
         if self.config.conventions.channel_order == "bgr":
             pixels = pixels.flip(1)
-        pixels = (pixels * self.config.conventions.pixel_range - self.pixel_mean) / self.pixel_std
+        if self.config.conventions.pixel_range != 1:
+            pixels = pixels * self.config.conventions.pixel_range
+        pixels = (pixels - self.pixel_mean).div_(self.pixel_std)  # in place: new memory costs more than the arithmetic
         height, width = pixels.shape[-2:]
         for image, (h, w) in zip(pixels, batch.sizes):
             if h < height:
@@ -118,15 +143,27 @@ class MaskRCNN(nn.Module):
     def losses(
         self,
         features: dict[str, Tensor],
-        guess: Guess,
-        proposals: list[Proposals],
+        guess: Guess | None,
+        proposals: list[Proposals] | None,
         batch: ImageBatch,
         targets: list[Target],
+        only: Collection[str] = ALL_LOSSES,
     ) -> dict[str, Tensor]:
-        """Every loss of both stages; their sum is what training minimises (Section 3, L = L_cls + L_box + L_mask)."""
-        rpn, box, rules = self.config.rpn, self.config.box, self.config.conventions
+        """The losses of both stages; their sum is what training minimises (Section 3, L = L_cls + L_box + L_mask)."""
         targets, crowds = zip(*map(split_crowd, targets))
-        losses = rpn_losses(
+        losses: dict[str, Tensor] = {}
+        if any_of(RPN_LOSSES, only):
+            losses |= self.first_stage(guess, batch, targets, crowds)
+        if any_of(HEAD_LOSSES, only):
+            losses |= self.second_stage(features, proposals, targets, crowds)
+        return {name: loss for name, loss in losses.items() if name in only}
+
+    def first_stage(
+        self, guess: Guess, batch: ImageBatch, targets: Sequence[Target], crowds: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        """The RPN's losses; targets hold single instances, crowds the boxes of each image's crowd regions."""
+        rpn, rules = self.config.rpn, self.config.conventions
+        return rpn_losses(
             guess,
             targets,
             crowds,
@@ -141,31 +178,82 @@ class MaskRCNN(nn.Module):
             rules.crowd_overlap,
             rules.plus_one,
         )
-        samples = [
-            sample_rois(
-                found, target, crowd, box.rois_per_image, box.positive_fraction, box.positive_iou, rules.crowd_overlap
-            )
-            for found, target, crowd in zip(proposals, targets, crowds)
-        ]
-        class_logits, deltas = self.box_head(self.box_features(features, [part.boxes for part in samples]))
-        losses |= box_head_losses(
+
+    def second_stage(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Proposals],
+        targets: Sequence[Target],
+        crowds: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """The losses of the heads, all on the same sampled rois."""
+        box, rules = self.config.box, self.config.conventions
+        samples = self.sample(features, proposals, targets, crowds)
+        maps = self.roi_maps(self.box_features, features, [part.boxes for part in samples])
+        class_logits, deltas = self.box_head(maps)
+        losses = box_head_losses(
             class_logits, deltas, samples, targets, box.delta_weights, rules.box_beta, rules.plus_one
         )
         if self.mask_head is not None:
-            chosen = [at_most(part[part.labels > 0], self.config.mask.rois_per_image) for part in samples]
-            mask_logits = self.mask_head(self.mask_features(features, [part.boxes for part in chosen]))
-            losses["mask"] = mask_head_loss(mask_logits, chosen, targets, rules.mask_target, rules.mask_target_aligned)
+            branch = self.config.mask
+            rows = [at_most((part.labels > 0).nonzero()[:, 0], branch.rois_per_image) for part in samples]
+            chosen = [part[some] for part, some in zip(samples, rows)]
+            logits = self.mask_head(self.maps_of(rows, self.mask_features, features, samples, maps))
+            losses["mask"] = mask_head_loss(
+                logits, chosen, targets, rules.mask_target, rules.mask_target_aligned, branch.classes, branch.loss
+            )
         if self.keypoint_head is not None:
             branch = self.config.keypoint
-            chosen = [
-                at_most(keypoint_samples(part, target, branch.labels, rules.keypoint_rois), branch.rois_per_image)
+            rows = [
+                at_most(keypoint_rows(part, target, branch.labels, rules.keypoint_rois), branch.rois_per_image)
                 for part, target in zip(samples, targets)
             ]
-            logits = self.keypoint_head(self.keypoint_features(features, [part.boxes for part in chosen]))
+            chosen = [part[some] for part, some in zip(samples, rows)]
+            logits = self.keypoint_head(self.maps_of(rows, self.keypoint_features, features, samples, maps))
             losses["keypoint"] = keypoint_head_loss(logits, chosen, targets)
         return losses
 
-    def detect(self, features: dict[str, Tensor], proposals: list[Proposals], batch: ImageBatch) -> list[Detections]:
+    def sample(
+        self, features: dict[str, Tensor], proposals: list[Proposals], targets: list[Target], crowds: list[Tensor]
+    ) -> list[Samples]:
+        """The rois of each image that the heads train on: drawn at random, or the hardest of all."""
+        box, rules = self.config.box, self.config.conventions
+        images = list(zip(proposals, targets, crowds))
+        if box.sampling == "random":
+            numbers = (box.rois_per_image, box.positive_fraction, box.positive_iou, rules.crowd_overlap)
+            return [sample_rois(*image, *numbers) for image in images]
+        candidates = [candidate_rois(*image, box.positive_iou, rules.crowd_overlap) for image in images]
+        with torch.no_grad():
+            boxes = [part.boxes for part in candidates]
+            class_logits, deltas = self.box_head(self.roi_maps(self.box_features, features, boxes))
+        counts = [len(part) for part in candidates]
+        numbers = (box.rois_per_image, box.hardest_nms, box.delta_weights, rules.box_beta, rules.plus_one)
+        return [
+            hardest_rois(*parts, *numbers)
+            for parts in zip(class_logits.split(counts), deltas.split(counts), candidates, targets)
+        ]
+
+    def roi_maps(self, pool: RoIFeatures, features: dict[str, Tensor], boxes: list[Tensor]) -> Tensor:
+        """What a head sees of all boxes of all images: their pooled features, which on C4 go through res5 first."""
+        pooled = pool(features, boxes)
+        return pooled if self.res5 is None else self.res5(pooled)
+
+    def maps_of(
+        self,
+        rows: list[Tensor],
+        pool: RoIFeatures,
+        features: dict[str, Tensor],
+        samples: list[Samples],
+        box_maps: Tensor,
+    ) -> Tensor:
+        """What a branch sees of some rows of the samples: on C4 it is what the box head saw, elsewhere pooled anew."""
+        if self.res5 is None:
+            return pool(features, [part.boxes[some] for part, some in zip(samples, rows)])
+        return torch.cat([part[some] for part, some in zip(box_maps.split([len(part) for part in samples]), rows)])
+
+    def detect(
+        self, features: dict[str, Tensor], proposals: list[Proposals], batch: ImageBatch, boxes_only: bool = False
+    ) -> list[Detections]:
         """Detections of each image: the box head on all proposals, the other heads on its best detections only.
 
         That order differs from training, where all heads see the same rois: it is faster, and the masks come out better
@@ -174,7 +262,7 @@ class MaskRCNN(nn.Module):
         box, rules = self.config.box, self.config.conventions
         rois = [found.boxes for found in proposals]
         counts = [len(part) for part in rois]
-        class_logits, deltas = self.box_head(self.box_features(features, rois))
+        class_logits, deltas = self.box_head(self.roi_maps(self.box_features, features, rois))
         detections = [
             detect_boxes(
                 *parts,
@@ -187,6 +275,8 @@ class MaskRCNN(nn.Module):
             )
             for parts in zip(class_logits.split(counts), deltas.split(counts), rois, batch.sizes)
         ]
+        if boxes_only:
+            return detections
         if self.mask_head is not None:
             detections = self.detect_masks(features, detections)
         if self.keypoint_head is not None:
@@ -195,26 +285,30 @@ class MaskRCNN(nn.Module):
 
     def detect_masks(self, features: dict[str, Tensor], detections: list[Detections]) -> list[Detections]:
         """The detections with ``mask_probs``, the mask of each one's predicted class."""
-        mask_logits = self.mask_head(self.mask_features(features, [found.boxes for found in detections]))
+        branch = self.config.mask
+        boxes = [found.boxes for found in detections]
+        mask_logits = self.mask_head(self.roi_maps(self.mask_features, features, boxes))
         parts = mask_logits.split([len(found) for found in detections])
-        return [replace(found, mask_probs=own_masks(part, found.labels)) for found, part in zip(detections, parts)]
+        return [
+            replace(found, mask_probs=own_masks(part, found.labels, branch.classes, branch.loss))
+            for found, part in zip(detections, parts)
+        ]
 
     def detect_keypoints(self, features: dict[str, Tensor], detections: list[Detections]) -> list[Detections]:
         """The detections with ``keypoints``; zeros for classes that have none."""
-        branch, complete = self.config.keypoint, []
-        rows = [
-            torch.isin(found.labels, torch.tensor(branch.labels, device=found.labels.device)).nonzero()[:, 0]
-            if branch.labels
-            else torch.arange(len(found), device=found.labels.device)
-            for found in detections
-        ]
-        boxes = [found.boxes[chosen] for found, chosen in zip(detections, rows)]
-        logits = self.keypoint_head(self.keypoint_features(features, boxes))
-        for found, chosen, part in zip(detections, rows, logits.split([len(chosen) for chosen in rows])):
-            keypoints = torch.zeros(len(found), branch.joints, 3, device=part.device)
-            keypoints[chosen] = keypoint_ops.decode(part, found.boxes[chosen])
+        complete = []
+        for found, (chosen, logits) in zip(detections, self.keypoint_maps(features, detections)):
+            keypoints = torch.zeros(len(found), self.config.keypoint.joints, 3, device=logits.device)
+            keypoints[chosen] = keypoint_ops.decode(logits, found.boxes[chosen])
             complete.append(replace(found, keypoints=keypoints))
         return complete
+
+    def keypoint_maps(self, features: dict[str, Tensor], detections: list[Detections]) -> list[tuple[Tensor, Tensor]]:
+        """For each image the rows of its detections that have keypoints, and their keypoint logits [n, J, M, M]."""
+        rows = [rows_with_keypoints(found.labels, self.config.keypoint.labels) for found in detections]
+        boxes = [found.boxes[chosen] for found, chosen in zip(detections, rows)]
+        logits = self.keypoint_head(self.roi_maps(self.keypoint_features, features, boxes))
+        return list(zip(rows, logits.split([len(chosen) for chosen in rows])))
 
     def check(self, batch: ImageBatch, targets: list[Target] | None, proposals: list[Proposals] | None) -> None:
         """Refuse what does not fit: wrong counts, labels outside 1..K, boxes without area or not finite."""
@@ -243,44 +337,40 @@ def build_model(model: str | ModelConfig = "maskrcnn_resnet50_fpn", conventions:
         return FrozenBatchNorm(channels, rules.frozen_norm_eps) if body.norm == "frozen" else nn.BatchNorm2d(channels)
 
     conv_norm = nn.BatchNorm2d if config.head_norm == "batch" else None
-    fc_norm = nn.LayerNorm if config.head_norm == "batch" else None  # a step may have a single roi, which is no batch
+    # A step may have a single roi, which is no batch; behind convs with a norm the layers need none
+    fc_norm = nn.LayerNorm if config.head_norm == "batch" and not config.box.convs else None
 
-    # ResNeXt, unlike ResNet, has always had its stride in the grouped 3x3
-    stride_in = "3x3" if body.architecture.startswith("resnext") else rules.stride_in
-    resnet = ResNet(body.architecture, norm, body.width, body.stem, stride_in)
-    resnet.freeze(body.frozen_stages)
-    fpn = FPN(resnet.channels, body.channels, body.levels, conv_norm)
-    backbone = Backbone(resnet, fpn)
+    backbone = build_backbone(body, norm, conv_norm, rules.stride_in)
     rpn = RPN(
-        body.channels,
+        backbone.channels,
         backbone.strides,
         config.rpn.anchor_sizes,
         config.rpn.anchor_ratios,
         rules.anchor_rounding,
         exact_stride=rules.anchor_stride == "level",
+        convs=config.rpn.convs,
     )
 
     def roi_features(branch: BoxHeadConfig | MaskHeadConfig | KeypointHeadConfig) -> RoIFeatures:
-        levels = {level: stride for level, stride in backbone.strides.items() if level != "p6"}
-        return RoIFeatures(
-            branch.layer,
-            branch.pooled_size,
-            levels,
-            rules.samples_per_bin,
-            rules.aligned,
-            body.roi_level_size,
-            rules.level_rule,
-            rules.level_epsilon,
-        )
+        return build_roi_features(branch, backbone.strides, body.roi_level_size, rules)
 
-    heads: dict[str, nn.Module] = {
-        "box_features": roi_features(config.box),
-        "box_head": BoxHead(body.channels, config.box.pooled_size, config.box.fc, config.classes, fc_norm),
+    box, mask, keypoint = config.box, config.mask, config.keypoint
+    res5, channels = None, backbone.channels
+    if body.features == "c4":
+        res5 = Res5(body.architecture, channels, body.width, norm, box.res5_stride, rules.stride_in)
+        channels = res5.channels
+    heads: dict[str, nn.Module | None] = {
+        "res5": res5,
+        "box_features": roi_features(box),
+        "box_head": BoxHead(
+            channels, box.pooled_size, box.fc, config.classes, fc_norm, res5 is not None, box.convs, conv_norm
+        ),
     }
-    if config.mask is not None:
-        heads["mask_features"] = roi_features(config.mask)
-        heads["mask_head"] = MaskHead(body.channels, config.mask.convs, config.classes, conv_norm)
-    if config.keypoint is not None:
-        heads["keypoint_features"] = roi_features(config.keypoint)
-        heads["keypoint_head"] = KeypointHead(body.channels, config.keypoint.convs, config.keypoint.joints, conv_norm)
+    if mask is not None:
+        side = mask.pooled_size if res5 is None else res5.side(mask.pooled_size)
+        heads["mask_features"] = roi_features(mask)
+        heads["mask_head"] = build_mask_head(mask, channels, side, config.classes, conv_norm, fc_norm)
+    if keypoint is not None:
+        heads["keypoint_features"] = roi_features(keypoint)
+        heads["keypoint_head"] = KeypointHead(channels, keypoint.convs, keypoint.joints, conv_norm)
     return MaskRCNN(config, backbone, rpn, **heads)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mrcnn_edu.models.non_local import NonLocal
+
 Norm = Callable[[int], nn.Module]  # channels -> a normalisation layer
 
 # name: (block, blocks per stage, groups, channels per group)
@@ -55,9 +57,9 @@ class FrozenBatchNorm(nn.Module):
         return f"{len(self.weight)}, eps={self.eps}"
 
 
-def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
     """A convolution without bias (the norm after it has one) that keeps the size up to its stride."""
-    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2 * dilation, dilation, groups, bias=False)
 
 
 class BasicBlock(nn.Module):
@@ -65,10 +67,10 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, norm: Norm) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, norm: Norm, dilation: int = 1) -> None:
         super().__init__()
-        self.conv1, self.norm1 = conv(inputs, width, 3, stride), norm(width)
-        self.conv2, self.norm2 = conv(width, width, 3), norm(width)
+        self.conv1, self.norm1 = conv(inputs, width, 3, stride, dilation=dilation), norm(width)
+        self.conv2, self.norm2 = conv(width, width, 3, dilation=dilation), norm(width)
         self.shortcut = shortcut(inputs, width, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,14 +85,22 @@ class Bottleneck(nn.Module):
     expansion = 4
 
     def __init__(
-        self, inputs: int, width: int, stride: int, norm: Norm, groups: int, group_width: int, stride_in: str
+        self,
+        inputs: int,
+        width: int,
+        stride: int,
+        norm: Norm,
+        groups: int,
+        group_width: int,
+        stride_in: Literal["1x1", "3x3"],
+        dilation: int = 1,
     ) -> None:
         super().__init__()
         inner = width * group_width // 64 * groups
         outputs = width * self.expansion
         stride1, stride2 = (stride, 1) if stride_in == "1x1" else (1, stride)
         self.conv1, self.norm1 = conv(inputs, inner, 1, stride1), norm(inner)
-        self.conv2, self.norm2 = conv(inner, inner, 3, stride2, groups), norm(inner)
+        self.conv2, self.norm2 = conv(inner, inner, 3, stride2, groups, dilation), norm(inner)
         self.conv3, self.norm3 = conv(inner, outputs, 1), norm(outputs)
         self.shortcut = shortcut(inputs, outputs, stride, norm)
 
@@ -108,6 +118,44 @@ def shortcut(inputs: int, outputs: int, stride: int, norm: Norm) -> nn.Module:
     return nn.Sequential(conv(inputs, outputs, 1, stride), norm(outputs))
 
 
+def stage(
+    architecture: str,
+    name: str,
+    inputs: int,
+    width: int,
+    norm: Norm,
+    stride: int,
+    stride_in: Literal["1x1", "3x3"] = "1x1",
+    dilation: int = 1,
+) -> nn.Sequential:
+    """The blocks of one stage, maps ``[B, inputs, H, W]`` to ``[B, stage_channels(...), H / stride, W / stride]``.
+
+    name      "c2" to "c5"; "c5" is also, as 'res5', the head of the C4 models (Figure 4, left)
+    width     channels of the stem
+    stride    of the first block
+    dilation  of every 3x3 conv
+    """
+    block, depths, groups, group_width = ARCHITECTURES[architecture]
+    if groups > 1:
+        stride_in = "3x3"  # ResNeXt, unlike ResNet, has always had its stride in the grouped 3x3
+    index = int(name[1:]) - 2
+    blocks: list[nn.Module] = []
+    for position in range(depths[index]):
+        step = stride if position == 0 else 1
+        if block == "basic":
+            blocks.append(BasicBlock(inputs, width * 2**index, step, norm, dilation))
+        else:
+            blocks.append(Bottleneck(inputs, width * 2**index, step, norm, groups, group_width, stride_in, dilation))
+        inputs = stage_channels(architecture, name, width)
+    return nn.Sequential(*blocks)
+
+
+def stage_channels(architecture: str, name: str, width: int) -> int:
+    """Channels that a stage gives: 256 for "c2" of a bottleneck network whose stem has 64."""
+    expansion = BasicBlock.expansion if ARCHITECTURES[architecture][0] == "basic" else Bottleneck.expansion
+    return width * 2 ** (int(name[1:]) - 2) * expansion
+
+
 class ResNet(nn.Module):
     """Images [B, 3, H, W] to the maps c2..c5, each half the size of the one before.
 
@@ -116,6 +164,9 @@ class ResNet(nn.Module):
     stem          "7x7" is a 7x7 conv of stride 2 and a max pool; "3x3" is two 3x3 convs of stride 2, for small images
     stride_in     which conv of a bottleneck strides: "1x1" [19], or "3x3" (torchvision, and all ResNeXts)
     norm          builds the normalisation layers
+    last          "c5", or "c4" where the fifth stage is the roi head
+    dilated       c5 keeps the stride of c4, and its 3x3 convs look at every second cell instead
+    non_local     put a non-local block before the last block of c4 (Appendix B)
 
     ``strides`` and ``channels`` say what each map is: ``resnet.strides["c4"] == 16``.
     """
@@ -127,42 +178,48 @@ class ResNet(nn.Module):
         width: int = 64,
         stem: Literal["7x7", "3x3"] = "7x7",
         stride_in: Literal["1x1", "3x3"] = "1x1",
+        last: Literal["c4", "c5"] = "c5",
+        dilated: bool = False,
+        non_local: bool = False,
     ) -> None:
         super().__init__()
-        block, depths, groups, group_width = ARCHITECTURES[architecture]
         if stem == "7x7":
             self.stem = nn.Sequential(conv(3, width, 7, 2), norm(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
         else:
             self.stem = nn.Sequential(
                 conv(3, width, 3, 2), norm(width), nn.ReLU(), conv(width, width, 3, 2), norm(width), nn.ReLU()
             )
-        self.strides = {"c2": 4, "c3": 8, "c4": 16, "c5": 32}
+        self.strides = {"c2": 4, "c3": 8, "c4": 16, "c5": 16 if dilated else 32}
+        if last == "c4":
+            del self.strides["c5"]
         self.channels: dict[str, int] = {}
-        inputs = width
-        for index, (name, depth) in enumerate(zip(self.strides, depths)):
-            blocks = []
-            for position in range(depth):
-                stride = 2 if index > 0 and position == 0 else 1
-                if block == "basic":
-                    blocks.append(BasicBlock(inputs, width * 2**index, stride, norm))
-                else:
-                    blocks.append(Bottleneck(inputs, width * 2**index, stride, norm, groups, group_width, stride_in))
-                inputs = width * 2**index * blocks[-1].expansion
-            self.add_module(name, nn.Sequential(*blocks))
-            self.channels[name] = inputs
+        inputs, at = width, 4
+        for name, stride in self.strides.items():
+            dilation = 2 if name == "c5" and dilated else 1
+            self.add_module(name, stage(architecture, name, inputs, width, norm, stride // at, stride_in, dilation))
+            self.channels[name] = inputs = stage_channels(architecture, name, width)
+            at = stride
         initialise(self)
+        before_last = self.channels["c4" if len(self.c4) > 1 else "c3"]
+        self.non_local = NonLocal(before_last) if non_local else None  # beside c4, so that its blocks keep their names
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         x = self.stem(pixels)  # [B, width, H/4, W/4]
         features = {}
         for name in self.strides:
-            x = self.get_submodule(name)(x)
-            features[name] = x
+            blocks = self.get_submodule(name)
+            x = blocks[:-1](x)
+            if name == "c4" and self.non_local is not None:
+                x = self.non_local(x)
+            x = features[name] = blocks[-1](x)
         return features
 
     def freeze(self, stages: int) -> None:
         """Stop training the first parts: 0 is none, 1 the stem, 2 the stem and c2, up to 5 for everything."""
-        for part in [self.stem, self.c2, self.c3, self.c4, self.c5][:stages]:
+        parts = [self.stem, *(self.get_submodule(name) for name in self.strides)][:stages]
+        if stages >= 4 and self.non_local is not None:
+            parts.append(self.non_local)
+        for part in parts:
             part.requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""A fixed-size piece of the feature pyramid for every roi.
+"""A fixed-size piece of the features for every roi.
 
 Chapter 8 (RoIPool, RoIWarp, RoIAlign) and Chapter 4 (which level a roi is read from). Paper: Section 3, RoIAlign.
 """
@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mrcnn_edu.config import BoxHeadConfig, Conventions, KeypointHeadConfig, MaskHeadConfig
 from mrcnn_edu.ops import pool_levels
 
 
@@ -49,11 +50,12 @@ def as_rois(boxes: list[Tensor]) -> Tensor:
 
 
 class RoIFeatures(nn.Module):
-    """Features [R, C, P, P] of rois, each read from the pyramid level that fits its size.
+    """Features [R, C, P, P] of rois, each read from the pyramid level that fits its size, or from the only map.
 
     layer    "roi_align", or the layers it replaced: "roi_pool" and "roi_warp"
     size     P
-    strides  pixels per cell of the levels to read from, ``{"p2": 4, ...}``
+    strides  pixels per cell of the levels to read from, ``{"p2": 4, ...}`` or ``{"c4": 16}``
+    mode     "mean" or "max" over a bin's samples; "roi_pool" takes the max in either case
     The other arguments are those of ``ops.roi_align`` and ``assign_levels``.
     """
 
@@ -67,9 +69,10 @@ class RoIFeatures(nn.Module):
         level_size: float = 224.0,
         level_rule: Literal["plain", "inside", "outside"] = "plain",
         level_epsilon: float = 0.0,
+        mode: Literal["mean", "max"] = "mean",
     ) -> None:
         super().__init__()
-        self.layer, self.size, self.strides = layer, size, strides
+        self.layer, self.size, self.strides, self.mode = layer, size, strides, mode
         self.samples_per_bin, self.aligned = samples_per_bin, aligned
         self.level_size, self.level_rule, self.level_epsilon = level_size, level_rule, level_epsilon
 
@@ -89,7 +92,28 @@ class RoIFeatures(nn.Module):
             [1 / stride for stride in self.strides.values()],
             samples_per_bin=self.samples_per_bin,
             aligned=self.aligned,
+            mode=self.mode,
         )
 
     def extra_repr(self) -> str:
-        return f"{self.layer}, {self.size} x {self.size} from {', '.join(self.strides)}"
+        return f"{self.layer} ({self.mode}), {self.size} x {self.size} from {', '.join(self.strides)}"
+
+
+def build_roi_features(
+    branch: BoxHeadConfig | MaskHeadConfig | KeypointHeadConfig,
+    strides: dict[str, int],
+    level_size: float,
+    rules: Conventions,
+) -> RoIFeatures:
+    """The RoI layer of one branch; p6 is for the RPN's largest anchors only (FPN [27])."""
+    return RoIFeatures(
+        branch.layer,
+        branch.pooled_size,
+        {level: stride for level, stride in strides.items() if level != "p6"},
+        rules.samples_per_bin,
+        rules.aligned,
+        level_size,
+        rules.level_rule,
+        rules.level_epsilon,
+        branch.mode,
+    )

@@ -42,6 +42,7 @@ class RPN(nn.Module):
     sizes     anchor sizes per level, pixels
     ratios    anchor ratios height / width
     rounding, exact_stride  see ``Conventions.anchor_rounding`` and ``anchor_stride``
+    convs     3x3 convs, each with a ReLU, before the outputs
     """
 
     def __init__(
@@ -52,20 +53,22 @@ class RPN(nn.Module):
         ratios: tuple[float, ...],
         rounding: Rounding = "none",
         exact_stride: bool = True,
+        convs: int = 1,
     ) -> None:
         super().__init__()
         counts = {len(level) * len(ratios) for level in sizes}
         if len(counts) != 1:
             raise ValueError(f"every level needs the same number of anchor sizes, got {sizes}: the head is shared")
         per_cell = counts.pop()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        layers = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(convs)]
+        self.conv = layers[0] if convs == 1 else nn.Sequential(*[m for c in layers for m in (c, nn.ReLU())][:-1])
         self.objectness = nn.Conv2d(channels, per_cell, 1)
         self.deltas = nn.Conv2d(channels, per_cell * 4, 1)
         self.strides, self.exact_stride = strides, exact_stride
         for name, level_sizes in zip(strides, sizes):
             anchors = cell_anchors(level_sizes, ratios, rounding, strides[name])
             self.register_buffer(f"anchors_{name}", anchors, persistent=False)
-        for layer in (self.conv, self.objectness, self.deltas):
+        for layer in (*layers, self.objectness, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
 

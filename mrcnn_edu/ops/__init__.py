@@ -1,7 +1,7 @@
 """RoIPool, RoIWarp, RoIAlign, non-maximum suppression and mask pasting, each one function of tensors.
 
-Chapter 7 (NMS), Chapter 8 (RoI layers), Chapter 9 (the same in C++ and CUDA) and Chapter 11 (pasting). Paper: Section 3
-and Table 2c.
+Chapter 6 (NMS as a finished part), Chapter 7 (NMS), Chapter 8 (RoI layers), Chapter 9 (the same in C++ and CUDA) and
+Chapter 11 (pasting). Paper: Section 3 and Table 2c.
 
 Three implementations stand behind every function and give the same numbers: ``reference`` (loops to read),
 ``vectorized`` (whole-tensor PyTorch) and ``compiled`` (C++ and CUDA, where it was built). ``backend()`` says which one

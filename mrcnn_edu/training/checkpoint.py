@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from mrcnn_edu import __version__
 from mrcnn_edu.config import Config, from_json, to_json
 from mrcnn_edu.inference import check_weights
-from mrcnn_edu.training.randomness import rng_state
+from mrcnn_edu.training.distributed import ALONE, World
 from mrcnn_edu.training.schedule import WeightAverage
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ KEEP = 2  # checkpoints per folder
 NAME = re.compile(r"checkpoint-(\d{8,})-([0-9a-f]{16})\.pt")
 PARTS = ("format", "version", "iteration", "seconds", "model", "average", "optimiser", "scaler", "sampler", "rng",
          "config", "categories", "data")  # fmt: skip
-FORMAT = 1
+FORMAT = 2
 
 # What may differ between a checkpoint's configuration and the one that continues it, because no weight depends on it.
 FREE = {
@@ -54,12 +54,17 @@ class Run:
     iteration  completed iterations, which is also the position in the schedule and in the training data
     seconds    spent training so far, without evaluation
     saved      the last checkpoint written or read, or None
+
+    Two things belong to the processes at hand and are in no checkpoint: ``world``, who they are, and ``replica``, the
+    model as the loop calls it, in DDP where there are several.
     """
 
     model: nn.Module
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: WeightAverage | None = None
+    world: World = ALONE
+    replica: nn.Module | None = None
     iteration: int = 0
     seconds: float = 0.0
     saved: Path | None = None
@@ -189,11 +194,12 @@ def read(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def capture(run: Run, config: Config, categories: Any, data: str) -> dict[str, Any]:
+def capture(run: Run, config: Config, categories: Any, data: str, rngs: list[dict[str, Any]]) -> dict[str, Any]:
     """All of a run as plain values and tensors.
 
     categories  the CategoryMap of the training data
     data        ``fingerprint`` of the training data
+    rngs        ``rng_state`` of every process, by rank
 
     Raises FloatingPointError when a weight is not finite: such a state must not replace a good one.
     """
@@ -209,7 +215,7 @@ def capture(run: Run, config: Config, categories: Any, data: str) -> dict[str, A
         "optimiser": run.optimiser.state_dict(),
         "scaler": run.scaler.state_dict(),
         "sampler": {"seed": config.train.seed, "batches": run.iteration},
-        "rng": rng_state(),
+        "rng": rngs,
         "config": to_json(config),
         "categories": categories.to_json(),
         "data": data,

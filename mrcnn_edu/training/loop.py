@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrcnn_edu.config import Config, TrainConfig
+from mrcnn_edu.config import Config, LossWeights, TrainConfig
 from mrcnn_edu.data.coco import CocoDataset
 from mrcnn_edu.data.loading import Batch, train_loader, val_loader
-from mrcnn_edu.evaluation import coco
-from mrcnn_edu.inference import evaluating, predict_dataset
+from mrcnn_edu.evaluation.measure import count, predict_all
+from mrcnn_edu.evaluation.proposals import recall
+from mrcnn_edu.inference import evaluating
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
 from mrcnn_edu.structures import ImageBatch, Target
 from mrcnn_edu.training import checkpoint
 from mrcnn_edu.training.checkpoint import Run, write_json
+from mrcnn_edu.training.distributed import connected, restarted
 from mrcnn_edu.training.export import export_weights
+from mrcnn_edu.training.proposals import EVERYTHING, Task, propose_dataset
 from mrcnn_edu.training.randomness import rng_state, seed_rng, set_rng_state
-from mrcnn_edu.training.record import Record, peak_memory_mib
-from mrcnn_edu.training.schedule import learning_rate, set_learning_rate
+from mrcnn_edu.training.record import Record, Silence, peak_memory_mib
+from mrcnn_edu.training.schedule import in_words, learning_rate, set_learning_rate
 from mrcnn_edu.training.setup import start
 from mrcnn_edu.training.stopping import Stopped, StopSignals
 
@@ -49,6 +52,7 @@ def train(
     resume: bool = False,
     progress: bool = True,
     device: torch.device | str | None = None,
+    task: Task = EVERYTHING,
 ) -> dict[str, Any]:
     """Train a model, and return what was measured; ``out`` then holds the run, ``weights.safetensors`` included.
 
@@ -58,27 +62,41 @@ def train(
     resume    continue from the last checkpoint in ``out``, to the bit on a CPU; from the start where there is none
     progress  show a bar, or a few lines where there is no terminal
     device    "cpu", "cuda", "cuda:1", ...; None: the GPU if there is one
+    task      which losses, on whose proposals, see ``stages``; parts of the model with frozen weights stay as they are
+
+    Started by torchrun, all its processes call this with the same arguments; started again by it, they resume.
 
     Raises ValueError for a model, data or a checkpoint that do not fit the config, OSError when ``out`` cannot be used,
-    FloatingPointError when a loss or a gradient is not finite. Ctrl-C and SIGTERM end the iteration, save and leave.
+    FloatingPointError when a loss or a gradient is not finite, ``Elsewhere`` when another process failed. Ctrl-C and
+    SIGTERM end the iteration, save and leave.
     """
     folder, settings = Path(out), config.train
-    run, rng = start(config, model, train_data, val_data, folder, resume, device)
-    stream = train_loader(train_data, config.data, settings.batch_size, settings.seed, start=run.iteration)
-    with (
-        StopSignals() as signals,
-        Record(folder, settings, run.iteration, progress) as record,
-        closing(stream) as batches,
-    ):
-        set_rng_state(rng)  # last of all, so that nothing that was set up has drawn from it
-        try:
-            loop(run, batches, config, train_data, val_data, folder, signals, record)
-            return finish(run, config, train_data, val_data, folder, signals, record)
-        except Stopped:
-            save(run, config, train_data, folder)
-            message = f"stopped after iteration {run.iteration}; {run.saved} is saved, resume continues from it"
-            record.say(message)
-            raise signals.as_exception(message) from None
+    with connected(device) as world:
+        run, rng = start(config, model, train_data, val_data, folder, resume or restarted(), device, world)
+        stream = train_loader(
+            train_data,
+            config.data,
+            settings.batch_size // settings.accumulate,
+            settings.seed,
+            run.iteration * settings.accumulate,
+            world.rank,
+            world.size,
+        )
+        with (
+            StopSignals() as signals,
+            Record(folder, settings, run.iteration, progress) if world.rank == 0 else Silence() as record,
+            closing(stream) as batches,
+        ):
+            record.say(in_words(settings, len(train_data), world.size))
+            set_rng_state(rng)  # last of all, so that nothing that was set up has drawn from it
+            try:
+                loop(run, batches, config, train_data, val_data, folder, signals, record, task)
+                return finish(run, config, train_data, val_data, folder, signals, record, task)
+            except Stopped as stopped:
+                save(run, config, train_data, folder)
+                message = f"stopped after iteration {run.iteration}; {run.saved} is saved, resume continues from it"
+                record.say(message)
+                raise stopped.as_exit(message) from None
 
 
 def loop(
@@ -90,26 +108,32 @@ def loop(
     folder: Path,
     signals: StopSignals,
     record: Record,
+    task: Task,
 ) -> None:
     """The training loop: batch, losses, gradients, step; and every so often a checkpoint and a look at the results."""
     settings = config.train
     for iteration in range(run.iteration, settings.iterations):
-        began = time.perf_counter()
-        with signals.at_once():
-            batch, targets, image_ids = next(batches)
-        loading = time.perf_counter() - began
-        batch, targets = to_device(batch, targets, run, settings)
+        began, loading, values, images = time.perf_counter(), 0.0, [], []
         rate = learning_rate(iteration, settings)
         set_learning_rate(run.optimiser, rate)
-
-        with autocast(run, settings):
-            losses = run.model(batch, targets)
-        values = finite_losses(losses, run, image_ids)
-
         run.optimiser.zero_grad()
-        run.scaler.scale(sum(losses.values())).backward()
-        run.scaler.unscale_(run.optimiser)
-        norm = clip_gradients(run, settings, image_ids)
+        for part in range(1, settings.accumulate + 1):
+            waiting = time.perf_counter()
+            with run.world.together(), signals.at_once():
+                batch, targets, image_ids = next(batches)
+            loading += time.perf_counter() - waiting
+            images += image_ids
+            batch, targets = to_device(batch, targets, run, settings)
+            with gradients_kept(run, part < settings.accumulate):
+                with run.world.together():
+                    with autocast(run, settings):
+                        losses = run.replica(batch, targets, task.training(batch, image_ids), task.losses)
+                    values.append(finite_losses(losses, run, image_ids))
+                run.scaler.scale(total(losses, settings.loss_weights) / settings.accumulate).backward()
+
+        with run.world.together():
+            run.scaler.unscale_(run.optimiser)
+            norm = clip_gradients(run, settings, images)
         run.scaler.step(run.optimiser)
         run.scaler.update()
         if run.average is not None:
@@ -118,15 +142,16 @@ def loop(
         run.iteration += 1
         seconds = time.perf_counter() - began
         run.seconds += seconds
-        record.step(run, values, rate, norm, len(batch), seconds, loading)
-        signals.check()
+        record.step(run, run.world.mean(mean_of(values)), rate, norm, settings.batch_size, seconds, loading)
         if due(settings.checkpoint_every, run, settings):
             save(run, config, train_data, folder)
         if val_data is not None and due(settings.validate_every, run, settings):
-            record.result(run.iteration, "validation", validate(run, config, val_data, signals))
+            record.result(run.iteration, "validation", validate(run, config, val_data, signals, task))
         if val_data is not None and due(settings.evaluate_every, run, settings):
-            record.result(run.iteration, "evaluation", evaluate(run, config, val_data, signals))
+            record.result(run.iteration, "evaluation", evaluate(run, config, val_data, signals, task))
     save(run, config, train_data, folder)
+    with run.world.together():
+        signals.check()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -144,10 +169,24 @@ def to_device(
     return batch, [target.to(run.device, non_blocking=True) for target in targets]
 
 
+def gradients_kept(run: Run, more: bool) -> AbstractContextManager[None]:
+    """While there is more to accumulate the processes keep their gradients; the last part's backward pass joins them.
+
+    An iteration's loss is the mean over all parts of all processes, of which each averages over its own images. So it
+    is the paper's, with 2 images per GPU, however many processes and parts make up the batch.
+    """
+    return run.replica.no_sync() if more and run.world.size > 1 else nullcontext()
+
+
 def autocast(run: Run, settings: TrainConfig) -> torch.autocast:
     """The block in which convolutions and matrix products run at the chosen precision."""
     enabled = settings.precision != "fp32"
     return torch.autocast(run.device.type, AUTOCAST[settings.precision] if enabled else None, enabled=enabled)
+
+
+def total(losses: dict[str, Tensor], weights: LossWeights) -> Tensor:
+    """The one number that training minimises: the sum of the losses, each times its weight."""
+    return sum(getattr(weights, name) * loss for name, loss in losses.items())
 
 
 def finite_losses(losses: dict[str, Tensor], run: Run, image_ids: list[int]) -> dict[str, float]:
@@ -157,6 +196,11 @@ def finite_losses(losses: dict[str, Tensor], run: Run, image_ids: list[int]) -> 
         found = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         raise FloatingPointError(f"a loss is not finite: {found}; {where(run, image_ids)}")
     return values
+
+
+def mean_of(parts: list[dict[str, float]]) -> dict[str, float]:
+    """The losses of an iteration: the mean of those of its parts."""
+    return {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
 
 
 def clip_gradients(run: Run, settings: TrainConfig, image_ids: list[int]) -> float:
@@ -193,8 +237,9 @@ def due(every: int, run: Run, settings: TrainConfig) -> bool:
 def save(run: Run, config: Config, train_data: CocoDataset, folder: Path) -> None:
     """Write a checkpoint, unless there is one of this very iteration."""
     if run.saved is None or checkpoint.iteration_of(run.saved) != run.iteration:
-        data = checkpoint.fingerprint(train_data)
-        run.saved = checkpoint.save(folder, checkpoint.capture(run, config, train_data.categories, data))
+        data, rngs = checkpoint.fingerprint(train_data), run.world.gather(rng_state())
+        state = checkpoint.capture(run, config, train_data.categories, data, rngs)
+        run.saved = run.world.from_first(lambda: checkpoint.save(folder, state))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -203,7 +248,7 @@ def save(run: Run, config: Config, train_data: CocoDataset, folder: Path) -> Non
 
 
 @contextmanager
-def untouched(run: Run, settings: TrainConfig, signals: StopSignals) -> Iterator[MaskRCNN]:
+def untouched(run: Run, settings: TrainConfig) -> Iterator[MaskRCNN]:
     """The model to evaluate, in evaluation mode; after the block the run goes on as if it had not been.
 
     That is the averaged model where there is one. Random numbers start from the seed each time, so that two validation
@@ -212,34 +257,45 @@ def untouched(run: Run, settings: TrainConfig, signals: StopSignals) -> Iterator
     rng = rng_state()
     seed_rng(settings.seed)
     model = run.model if run.average is None else run.average.model
+    run.world.share_buffers(model)
     try:
-        with evaluating(model), signals.at_once():
+        with evaluating(model):
             yield model
     finally:
         set_rng_state(rng)
 
 
-def validate(run: Run, config: Config, val_data: CocoDataset, signals: StopSignals) -> dict[str, float]:
+def validate(
+    run: Run, config: Config, val_data: CocoDataset, signals: StopSignals, task: Task = EVERYTHING
+) -> dict[str, float]:
     """The mean of each loss over all validation images, and their sum ``total``."""
     sums: dict[str, float] = {}
-    with untouched(run, config.train, signals) as model, torch.no_grad():
-        for batch, targets, _ in val_loader(val_data, config.data, config.train.batch_size):
+    with untouched(run, config.train) as model, run.world.together(patiently=True), signals.at_once(), torch.no_grad():
+        for batch, targets, image_ids in val_loader(
+            val_data, config.data, config.train.batch_size, run.world.rank, run.world.size
+        ):
             batch, targets = to_device(batch, targets, run, config.train)
             with autocast(run, config.train):
-                losses = model(batch, targets)
+                losses = model(batch, targets, task.validation(batch, image_ids), task.losses)
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0.0) + loss.item() * len(batch)
-    means = {name: value / len(val_data) for name, value in sums.items()}
+    parts = [part for part in run.world.gather(sums) if part]  # a process without images has no sums
+    means = {name: sum(part[name] for part in parts) / len(val_data) for name in parts[0]}
     return means | {"total": sum(means.values())}
 
 
-def evaluate(run: Run, config: Config, val_data: CocoDataset, signals: StopSignals) -> dict[str, Any]:
-    """COCO's AP and AR of the model on the validation images, for every branch it has."""
-    branches = {"box": config.model.box, "mask": config.model.mask, "keypoint": config.model.keypoint}
-    kinds = [kind for kind, branch in branches.items() if branch is not None]
-    with untouched(run, config.train, signals) as model:
-        predictions = predict_dataset(model, val_data, config.data)
-        return coco.evaluate(val_data, predictions, kinds, paste=config.model.conventions.paste).to_json()
+def evaluate(
+    run: Run, config: Config, val_data: CocoDataset, signals: StopSignals, task: Task = EVERYTHING
+) -> dict[str, Any]:
+    """COCO's AP and AR of the model on the validation images, for every branch it has; recall where only the RPN is."""
+    with untouched(run, config.train) as model:
+        if not task.trains_heads:  # every process measures alike
+            with run.world.together(patiently=True), signals.at_once():
+                return {"proposals": recall(val_data, propose_dataset(model, val_data, config.data))}
+        results, _ = predict_all(
+            model, val_data, config.data, run.world, interruptible=signals.at_once, proposals=task.val_proposals
+        )
+        return count(val_data, results, run.world, interruptible=signals.at_once).to_json()
 
 
 def finish(
@@ -250,17 +306,23 @@ def finish(
     folder: Path,
     signals: StopSignals,
     record: Record,
+    task: Task,
 ) -> dict[str, Any]:
     """Measure the final model, leave its weights, and sum the run up."""
     summary = {"iterations": run.iteration, "seconds": run.seconds, "training": record.last}
     if val_data is not None:
         for name, measure in (("validation", validate), ("evaluation", evaluate)):
-            summary[name] = measure(run, config, val_data, signals)
+            summary[name] = measure(run, config, val_data, signals, task)
             record.result(run.iteration, name, summary[name])
     if run.average is not None:
         run.model.load_state_dict(run.average.model.state_dict())
+    run.world.share_buffers(run.model)
     run.model.eval()
-    export_weights(run.model, folder / "weights.safetensors", train_data.categories)
     summary |= {"memory_mib": peak_memory_mib(), "checkpoint": str(run.saved)}
-    write_json(folder / "metrics.json", summary)
-    return summary
+
+    def write() -> dict[str, Any]:
+        export_weights(run.model, folder / "weights.safetensors", train_data.categories)
+        write_json(folder / "metrics.json", summary)
+        return summary
+
+    return run.world.from_first(write)

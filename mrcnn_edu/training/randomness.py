@@ -16,34 +16,34 @@ log = logging.getLogger(__name__)
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every random generator a model or a data set may draw from: Python, numpy, PyTorch, each GPU."""
+    """The state of every random generator this process may draw from: Python, numpy, PyTorch, its current GPU."""
     kind, keys, *rest = numpy.random.get_state()
     return {
         "python": random.getstate(),
         "numpy": (str(kind), keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # the current GPU alone: asking for all of them would start a context on each, in each process of a run
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
-def seed_rng(seed: int) -> None:
-    """Set every random generator to the start of its sequence number ``seed``."""
+def seed_rng(seed: int, rank: int = 0) -> None:
+    """Set every random generator to the start of its sequence number ``seed``; each process of a run has its own."""
+    if rank:
+        seed = int(numpy.random.SeedSequence([seed % 2**32, rank]).generate_state(1)[0])
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)  # every GPU's as well
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Set every random generator to a state from ``rng_state``; says so when the number of GPUs has changed."""
+    """Set every random generator to a state from ``rng_state``; says so when there was a GPU and is none, or not."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
     numpy.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
-    else:
-        log.warning(
-            "the checkpoint was made with %d GPUs, here are %d: the run continues, but draws other random numbers",
-            len(state["cuda"]),
-            torch.cuda.device_count(),
-        )
+    if len(state["cuda"]) != torch.cuda.is_available():
+        was, now = ("on a GPU" if there else "without a GPU" for there in (state["cuda"], torch.cuda.is_available()))
+        log.warning("the checkpoint was made %s, this is %s: the run continues, but draws other numbers", was, now)
+    elif state["cuda"]:
+        torch.cuda.set_rng_state(state["cuda"][0])

@@ -121,6 +121,28 @@ class Record:
             )
 
 
+class Silence:
+    """The record that the other processes of a run keep: none. The first one writes for all."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, Any] = {}
+
+    def __enter__(self) -> Silence:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def step(self, *_: object) -> None:
+        """Note nothing."""
+
+    def result(self, *_: object) -> None:
+        """Note nothing."""
+
+    def say(self, *_: object) -> None:
+        """Print nothing."""
+
+
 def drop_after(path: Path, iteration: int) -> None:
     """Remove the lines of iterations that a resumed run will do again, and a last line that was cut off."""
     kept = []

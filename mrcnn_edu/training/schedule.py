@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,42 @@ def learning_rate(iteration: int, config: TrainConfig) -> float:
         progress = iteration / config.warmup_iterations
         rate *= config.warmup_factor + (1 - config.warmup_factor) * progress
     return rate
+
+
+def linear_rule(config: TrainConfig, batch_size: int) -> TrainConfig:
+    """The same training with other batches: k times as large, at k times the rate, for a k-th of the iterations.
+
+    batch_size  images per iteration over all processes
+
+    Warm-up and steps are shortened alike, so the run passes over the images as often as before. Raises ValueError for
+    AdamW, which has no such rule. Source: Goyal et al. 2017, "Accurate, large minibatch SGD", Section 2.1.
+    """
+    if config.optimiser != "sgd":
+        raise ValueError(
+            f"the linear rule is one of SGD, not of {config.optimiser}: set train.batch_size and "
+            "train.learning_rate yourself"
+        )
+    factor = batch_size / config.batch_size
+    return replace(
+        config,
+        batch_size=batch_size,
+        learning_rate=config.learning_rate * factor,
+        iterations=max(1, round(config.iterations / factor)),
+        steps=tuple(sorted({round(step / factor) for step in config.steps})),
+        warmup_iterations=round(config.warmup_iterations / factor),
+    )
+
+
+def in_words(config: TrainConfig, images: int, processes: int) -> str:
+    """What a run is about to do, in one line: the global batch, the rate and the passes over the images."""
+    at_once = config.batch_size // (processes * config.accumulate)
+    steps = f", times {config.gamma:g} from {', '.join(map(str, config.steps))} on" if config.schedule == "step" else ""
+    return (
+        f"{config.iterations} iterations of {config.batch_size} images "
+        f"({processes} {'process' if processes == 1 else 'processes'} x {config.accumulate} x {at_once}), "
+        f"{config.iterations * config.batch_size / images:.1f} passes over {images} images; {config.optimiser}, "
+        f"rate {config.learning_rate:g} after {config.warmup_iterations} iterations{steps}"
+    )
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:

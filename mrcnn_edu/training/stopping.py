@@ -13,7 +13,18 @@ from types import FrameType
 
 
 class Stopped(KeyboardInterrupt):
-    """Someone asked the run to stop. Not an Exception, so that nothing between here and the loop swallows it."""
+    """Someone asked the run to stop, by a signal to this process or to another one of the run.
+
+    Not an Exception, so that nothing between here and the loop swallows it.
+    """
+
+    def __init__(self, received: signal.Signals) -> None:
+        super().__init__(received)
+        self.signal = received
+
+    def as_exit(self, message: str) -> BaseException:
+        """What ends the run as the signal would have: KeyboardInterrupt for Ctrl-C, exit status 143 for SIGTERM."""
+        return SystemExit(128 + signal.SIGTERM) if self.signal == signal.SIGTERM else KeyboardInterrupt(message)
 
 
 class StopSignals:
@@ -48,12 +59,12 @@ class StopSignals:
         if hasattr(signal, "SIGCHLD") and signal.SIGCHLD not in self._before:
             self._before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if self._at_once:
-            raise Stopped
+            raise Stopped(self.received)
 
     def check(self) -> None:
         """Raise ``Stopped`` if a signal has come."""
         if self.received is not None:
-            raise Stopped
+            raise Stopped(self.received)
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -64,7 +75,3 @@ class StopSignals:
             yield
         finally:
             self._at_once = False
-
-    def as_exception(self, message: str) -> BaseException:
-        """What ends the run as the signal would have: KeyboardInterrupt for Ctrl-C, exit status 143 for SIGTERM."""
-        return SystemExit(128 + signal.SIGTERM) if self.received == signal.SIGTERM else KeyboardInterrupt(message)

@@ -1,0 +1,57 @@
+"""An easy world, which a small head learns in seconds: bright flat shapes on a dark flat ground, a few to an image.
+
+Chapter 10 (the box head), Chapter 11 (the mask head), Chapter 12 (the whole model) and Chapter 14 (keypoints) watch
+heads learn on it. What is worth measuring is measured on ``data.shapes``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mrcnn_edu.data.drawing import CLASSES, stamp
+from mrcnn_edu.data.shapes import Instance, Scene
+from mrcnn_edu.structures import Target
+
+HALF_SIZE = (0.16, 0.34)  # of the image's side
+LEAST_AREA = 0.03  # of the image; what later shapes hide down to less is not counted as an instance
+
+
+def make(
+    seed: int | Sequence[int], size: int = 64, instances: int = 3, labels: Sequence[int] | None = None
+) -> tuple[Tensor, Target]:
+    """One image of flat shapes, the later ones on top, and everything that is true about it.
+
+    seed       a non-negative number or several; the same seed gives the same image on every machine
+    size       px, side of the square image; at least 16
+    instances  shapes that are drawn
+    labels     the classes to draw from, out of 1..6; None: all
+    returns    image [3, size, size] uint8, Target with masks and keypoints [N, 7, 3] (zeros except for figures)
+    """
+    if size < 16 or instances < 0:
+        raise ValueError(f"a flat image needs a size of 16 or more and 0 or more instances, got {size} and {instances}")
+    rng = np.random.default_rng(seed)
+    pixels = np.broadcast_to(rng.uniform(0.05, 0.3, (3, 1, 1)), (3, size, size)).copy()
+    scene = Scene(pixels, np.full((size, size), -1, dtype=np.int16))
+    for index in range(instances):
+        label = int(rng.choice(labels if labels is not None else range(1, len(CLASSES) + 1)))
+        x, y = rng.uniform(0.22, 0.78, 2) * size
+        shape = stamp(label, x, y, size * rng.uniform(*HALF_SIZE), rng, scene.size)
+        pixels[:, shape.rows, shape.columns][:, shape.mask] = _another_colour(rng, pixels[:, int(y), int(x)])[:, None]
+        scene.owner[shape.rows, shape.columns][shape.mask] = index
+        scene.instances.append(Instance(label, int(shape.mask.sum()), joints=shape.joints))
+    noisy = pixels + rng.normal(0, 0.03, pixels.shape)
+    target = scene.target()
+    seen = target.masks.sum(dim=(1, 2)) >= LEAST_AREA * size**2
+    return torch.from_numpy(np.rint(noisy.clip(0, 1) * 255).astype(np.uint8)), target[seen]
+
+
+def _another_colour(rng: np.random.Generator, around: np.ndarray) -> np.ndarray:
+    """A random bright colour ``[3]`` in [0, 1] that stands out from the one around it."""
+    while True:
+        colour = rng.uniform(0.25, 0.95, 3)
+        if colour.max() > 0.6 and np.abs(colour - around).max() > 0.3:
+            return colour
