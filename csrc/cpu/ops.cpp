@@ -56,10 +56,10 @@ Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options, Mem
   return result;
 }
 
-template <typename T>
-void transpose_all(const Tensor& from, int64_t rows, int64_t columns, Tensor& to) {
-  transpose_all(static_cast<const T*>(from.const_data_ptr()), from.size(0), rows, columns,
-                static_cast<T*>(to.mutable_data_ptr()));
+template <typename Bits>  // what the numbers are does not matter here, only how large
+void transpose_as(const Tensor& from, int64_t rows, int64_t columns, Tensor& to) {
+  transpose_all(static_cast<const Bits*>(from.const_data_ptr()), from.size(0), rows, columns,
+                static_cast<Bits*>(to.mutable_data_ptr()));
 }
 
 // A tensor [N, C, H, W] in the given memory format.
@@ -70,9 +70,9 @@ Tensor turned(const Tensor& tensor, MemoryFormat format) {
   const bool to_planes = format == MemoryFormat::Contiguous;
   if (to_planes) std::swap(rows, columns);
   if (!tensor.is_contiguous(to_planes ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous)) result.copy_(tensor);
-  else if (tensor.element_size() == 2) transpose_all<uint16_t>(tensor, rows, columns, result);
-  else if (tensor.element_size() == 4) transpose_all<uint32_t>(tensor, rows, columns, result);
-  else transpose_all<uint64_t>(tensor, rows, columns, result);
+  else if (tensor.element_size() == 2) transpose_as<uint16_t>(tensor, rows, columns, result);
+  else if (tensor.element_size() == 4) transpose_as<uint32_t>(tensor, rows, columns, result);
+  else transpose_as<uint64_t>(tensor, rows, columns, result);
   return result;
 }
 
