@@ -20,10 +20,6 @@ constexpr int64_t kFewChannels = 7;
 template <typename T, typename A>
 void roi_mean_forward_few_channels(const RoiProblem& problem, T* out);
 
-// Matrices [rows, columns] -> [columns, rows], one after the other.
-template <typename T>
-void transpose_all(const T* from, int64_t matrices, int64_t rows, int64_t columns, T* to);
-
 // winners [rois, bins_y, bins_x, channels]: which sample of the bin was the largest, -1 where there is none.
 template <typename T, typename A>
 void roi_max_forward(const RoiProblem& problem, T* out, int32_t* winners);

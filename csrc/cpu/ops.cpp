@@ -3,8 +3,9 @@
 // Chapter 9.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
+#include <c10/util/safe_numerics.h>
 #include <torch/library.h>
 
 #if defined(__linux__)
@@ -12,10 +13,11 @@
 #endif
 
 #include <algorithm>
-#include <numeric>
+#include <cstdlib>
 
 #include "../checks.h"
 #include "kernels.h"
+#include "transpose.h"
 
 namespace mrcnn_edu {
 namespace {
@@ -178,6 +180,18 @@ Tensor nms_op(
   return result;
 }
 
+// Memory new from the system is zero already, and calloc knows it: pixels that no mask covers are not even touched.
+Tensor zeros_untouched(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  constexpr size_t kAligned = 64;
+  uint64_t bytes = options.dtype().itemsize();
+  bool too_large = false;
+  for (const int64_t size : sizes) too_large |= c10::mul_overflows(bytes, uint64_t(size), &bytes);
+  void* memory = too_large || bytes > (uint64_t(1) << 62) ? nullptr : std::calloc(bytes + kAligned, 1);
+  TORCH_CHECK(memory != nullptr, "not enough memory for ", sizes, " pixels");
+  const auto first = (reinterpret_cast<uintptr_t>(memory) + kAligned - 1) / kAligned * kAligned;
+  return at::from_blob(reinterpret_cast<void*>(first), sizes, [memory](void*) { std::free(memory); }, options);
+}
+
 Tensor with_ring_of_zeros(const Tensor& masks, bool integer) {
   if (!integer) return masks.contiguous();
   const int64_t side = masks.size(1);
@@ -191,16 +205,14 @@ Tensor paste_into(
     const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width, double threshold, bool integer,
     at::ScalarType type) {
   const int64_t side = masks.size(1);
-  Tensor canvas = empty_result({masks.size(0), height, width}, masks.options().dtype(type), MemoryFormat::Contiguous);
+  Tensor canvas = zeros_untouched({masks.size(0), height, width}, masks.options().dtype(type));
   Pixel* pixels = canvas.mutable_data_ptr<Pixel>();
   const float *mask = masks.const_data_ptr<float>(), *box = boxes.const_data_ptr<float>();
   at::parallel_for(0, masks.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      Pixel* image = pixels + n * height * width;
-      std::fill(image, image + height * width, Pixel(0));
       const Window window = paste_window(box + 4 * n, side, height, width, integer);
       paste_mask(mask + n * side * side, box + 4 * n, side, window, threshold, integer,
-                 image + window.top * width + window.left, width);
+                 pixels + (n * height + window.top) * width + window.left, width);
     }
   });
   return canvas;

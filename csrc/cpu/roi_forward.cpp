@@ -14,6 +14,7 @@
 #include "axis_taps.h"
 #include "inner_loops.h"
 #include "kernels.h"
+#include "transpose.h"
 
 namespace mrcnn_edu {
 
@@ -46,18 +47,6 @@ void store(const A* sum, int64_t count, T* rounded, T* target, bool past_caches)
   }
 }
 
-// [rows, columns] -> [columns, rows], a cache line of each row at a time.
-template <typename T>
-void transpose(const T* from, int64_t rows, int64_t columns, T* to) {
-  constexpr int64_t kLine = 16;
-  for (int64_t first = 0; first < columns; first += kLine) {
-    const int64_t last = std::min(first + kLine, columns);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t c = first; c < last; ++c) to[c * rows + r] = from[r * columns + c];
-    }
-  }
-}
-
 // The cells on some lines and columns of a map [channels, height, width], as rows of numbers.
 template <typename T>
 void turn_window(
@@ -74,11 +63,10 @@ void turn_window(
 
 template <typename T, typename A>
 void roi_mean_forward(const RoiProblem& problem, bool planes, bool planes_out, T* out) {
-  constexpr int64_t kStrip = 64;        // channels of planes that are worked on together, to stay in the cache
-  constexpr int64_t kLarge = 1 << 24;   // bytes
+  constexpr int64_t kLarge = 1 << 24;  // bytes
   const std::vector<int64_t> order = order_of_visit(problem);
   const int64_t channels = problem.channels, bins = int64_t(problem.bins_y) * problem.bins_x;
-  const int64_t strip = planes ? std::min(kStrip, channels) : channels;
+  const int64_t strip = planes ? std::min(kStrip, channels) : channels;  // channels at a time, to stay in the cache
   const bool large = !planes_out && problem.rois * bins * channels * int64_t(sizeof(T)) > kLarge;
   at::parallel_for(0, problem.rois, 1, [&](int64_t begin, int64_t end) {
     MeanTaps<A> ys, xs;
@@ -109,7 +97,7 @@ void roi_mean_forward(const RoiProblem& problem, bool planes, bool planes_out, T
             store(sum.data(), count, rounded.data(), bin, large);
           }
         }
-        if (planes_out) transpose(turned.data(), bins, count, out + (r * channels + first) * bins);
+        if (planes_out) transpose(turned.data(), bins, count, 0, count, out + (r * channels + first) * bins);
       }
     }
     finish_stores();
