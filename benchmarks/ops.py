@@ -1,21 +1,28 @@
 """Our ops beside torchvision's on the CPU: one process, taking turns, the same allocator, medians of ratios.
 
-    python benchmarks/ops.py                      both allocator settings, two threads, about four minutes
-    python benchmarks/ops.py --rounds 9 --only align
+    python benchmarks/ops.py                      three allocator settings, two threads, some eight minutes
+    python benchmarks/ops.py --rounds 9 --only align --allocator default
 
-"keep heap" tells glibc to keep freed memory instead of giving every large block back to the system and asking for it
-again; torchvision gains from it as well, so both sides always run under the same setting. Run it on an idle machine:
-the load before and after is part of the result, which is written to benchmarks/results/.
+Both sides always run under the same setting of the allocator, because it decides much of what large results cost:
+
+    default      glibc gives every large block back to the system when it is freed, and asks for it again page by page
+    keep heap    glibc keeps what is freed (mallopt)
+    huge pages   PyTorch asks for pages of 2 MB (THP_MEM_ALLOC_ENABLE=1), as our ops always do for their own results
+
+Run it on an idle machine: the load before and after is part of the result, and so is the rate of a plain copy, which
+tells how much of the memory's speed was there. Written to benchmarks/results/, for programs and for readers.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -34,6 +41,8 @@ from mrcnn_edu import ops
 from mrcnn_edu.ops import vectorized
 
 RESULTS = Path(__file__).parent / "results"
+SETTINGS = ("default", "keep heap", "huge pages")
+SECTIONS = ("align", "nms", "paste")
 
 
 @dataclass
@@ -46,17 +55,13 @@ class Case:
     least: float
     aim: float
     floor: float | None = None  # seconds that moving the bytes alone would take
+    times: int = 1  # short ones are measured this many times as often
 
 
 def seconds(function: Callable[[], object]) -> float:
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The work
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def some_rois(count: int) -> Tensor:
@@ -157,13 +162,13 @@ def nms_cases() -> list[Case]:
         return run
 
     return [
-        Case("NMS, 5000 boxes", ours(False), lambda: torchvision.ops.nms(boxes, scores, 0.5), 10, 15),
+        Case("NMS, 5000 boxes", ours(False), lambda: torchvision.ops.nms(boxes, scores, 0.5), 10, 15, times=5),
         Case(
             "NMS, 5000 boxes in 80 classes",
             ours(True),
             lambda: torchvision.ops.batched_nms(boxes, scores, groups, 0.5),
-            10,
-            25,
+            *(10, 25),
+            times=5,
         ),
     ]
 
@@ -186,23 +191,19 @@ def paste_cases() -> list[Case]:
     return [Case("pasting 100 masks into 800 x 1216", ours, theirs, 10, 18)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring and reporting
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def measure(case: Case, rounds: int) -> dict[str, object]:
     """Both sides in turn; the median of the rounds' ratios, and the median times in milliseconds."""
-    case.ours(), case.theirs()
-    pairs = [(seconds(case.ours), seconds(case.theirs)) for _ in range(rounds)]
+    pairs = [(seconds(case.ours), seconds(case.theirs)) for _ in range(rounds * case.times + 1)][1:]
     ours, theirs = (statistics.median(side) for side in zip(*pairs))
     ratios = sorted(theirs / ours for ours, theirs in pairs)
+    quarter = len(ratios) // 4
     result = {
         "name": case.name,
         "ours_ms": round(ours * 1e3, 2),
         "torchvision_ms": round(theirs * 1e3, 2),
         "ratio": round(statistics.median(ratios), 1),
-        "ratio_range": [round(ratios[0], 1), round(ratios[-1], 1)],
+        "middle_half": [round(ratios[quarter], 1), round(ratios[-1 - quarter], 1)],
+        "range": [round(ratios[0], 1), round(ratios[-1], 1)],
         "at_least": case.least,
         "aim": case.aim,
     }
@@ -218,77 +219,101 @@ def keep_heap() -> None:
     libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def run(allocator: str, rounds: int, only: str) -> list[dict[str, object]]:
+def run(allocator: str, section: str, rounds: int) -> list[dict[str, object]]:
+    """The cases of one section, in this process."""
     if allocator == "keep heap":
         keep_heap()
-    print(f"\n{allocator} allocator, {torch.get_num_threads()} threads")
-    print(f"{'':38}{'ours':>10}{'torchvision':>13}{'ratio':>8}{'range':>15}{'at least':>10}{'aim':>6}")
-    results = []
-    for name, cases in (("align", align_cases), ("nms", nms_cases), ("paste", paste_cases)):
-        if only not in ("", name):
-            continue
-        for case in cases():
-            result = measure(case, rounds) | {"allocator": allocator}
-            results.append(result)
-            low, high = result["ratio_range"]
-            print(
-                f"{result['name']:38}{result['ours_ms']:>7} ms{result['torchvision_ms']:>10} ms{result['ratio']:>7}x"
-                f"{f'{low} - {high}':>15}{result['at_least']:>9}x{result['aim']:>5}x"
-                + (f"   {result['times_memory_floor']} x the memory floor" if case.floor else ""),
-                flush=True,
-            )
-    return results
+    cases = {"align": align_cases, "nms": nms_cases, "paste": paste_cases}[section]()
+    return [measure(case, rounds) | {"allocator": allocator} for case in cases]
+
+
+def in_a_process(allocator: str, section: str, rounds: int, threads: int) -> list[dict[str, object]]:
+    """The same in a process of its own: allocator settings cannot be taken back, and the heap remembers."""
+    options = ["--allocator", allocator, "--only", section, "--rounds", str(rounds), "--threads", str(threads)]
+    huge = {"THP_MEM_ALLOC_ENABLE": "1"} if allocator == "huge pages" else {}
+    command = [sys.executable, __file__, *options, "--print-json"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | huge)
+    return json.loads(done.stdout)
 
 
 def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    """Its name, its vector instructions as PyTorch sees them and, on Linux, family, model and stepping."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, KeyError):
+        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        found = {key.strip(): value.strip() for key, _, value in lines}
+        name = f"{found['model name']} {found['cpu family']}-{found['model']}-{found['stepping']}"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def table(report: dict) -> str:
+    """The report as a Markdown page."""
+    head = (
+        "# Ops beside torchvision's: {processor}, {threads} threads\n\n{date}; {cores} cores; torch {torch}, "
+        "torchvision {torchvision}, Python {python}; {rounds} rounds or more. Load {before[load]} before and "
+        "{after[load]} after; a plain copy moves {before[copy_gb_per_s]} GB/s before and {after[copy_gb_per_s]} after. "
+        "Written by benchmarks/ops.py, which says what the allocator settings are."
+    )
+    lines = [head.format(**report)]
+    for allocator in dict.fromkeys(row["allocator"] for row in report["results"]):
+        lines += ["", f"## {allocator}", ""]
+        lines += ["| what | ours, ms | torchvision, ms | ratio | middle half | range | at least | aim | reached |"]
+        lines += ["|---|---|---|---|---|---|---|---|---|"]
+        for row in report["results"]:
+            if row["allocator"] == allocator:
+                ratio, least, aim = row["ratio"], row["at_least"], row["aim"]
+                reached = "aim" if ratio >= aim else "at least" if ratio >= least else "**no**"
+                floor = f", {row['times_memory_floor']} x the memory floor" if "times_memory_floor" in row else ""
+                spreads = (f"{low} - {high}" for low, high in (row["middle_half"], row["range"]))
+                cells = (row["name"] + floor, row["ours_ms"], row["torchvision_ms"], f"{ratio}x", *spreads)
+                lines.append("| " + " | ".join(map(str, (*cells, f"{least}x", f"{aim}x", reached))) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def conditions() -> dict[str, float]:
+    return {"load": round(os.getloadavg()[0], 2), "copy_gb_per_s": round(copy_rate() / 1e9, 1)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--allocator", choices=["default", "keep heap", "both"], default="both")
+    parser.add_argument("--allocator", choices=[*SETTINGS, "all"], default="all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", choices=["", "align", "nms", "paste"], default="")
-    parser.add_argument("--out", type=Path, default=RESULTS / "ops-cpu.json")
+    parser.add_argument("--only", choices=["", *SECTIONS], default="")
+    parser.add_argument("--out", type=Path, help="where to write, without suffix; default: named after the processor")
+    parser.add_argument("--print-json", action="store_true", help=argparse.SUPPRESS)  # what in_a_process asks for
     args = parser.parse_args()
     if not ops.backend().startswith("compiled"):
         sys.exit(f"nothing to compare: {ops.backend()}")
-    if args.allocator == "both":  # a process each: mallopt cannot be taken back
-        parts = []
-        for allocator in ("default", "keep heap"):
-            part = args.out.with_suffix(f".{allocator.split()[0]}.part")
-            options = ["--allocator", allocator, "--threads", args.threads, "--rounds", args.rounds, "--out", part]
-            options += ["--only", args.only] if args.only else []
-            subprocess.run([sys.executable, __file__, *map(str, options)], check=True)
-            parts.append(json.loads(part.read_text()))
-            part.unlink()
-        report = parts[0] | {"load_after": parts[1]["load_after"], "results": parts[0]["results"] + parts[1]["results"]}
-    else:
-        torch.set_num_threads(args.threads)
-        before = os.getloadavg()[0]
-        results = run(args.allocator, args.rounds, args.only)
-        report = {
-            "date": date.today().isoformat(),
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "threads": args.threads,
-            "torch": torch.__version__,
-            "torchvision": torchvision.__version__,
-            "python": platform.python_version(),
-            "rounds": args.rounds,
-            "load_before": round(before, 2),
-            "load_after": round(os.getloadavg()[0], 2),
-            "results": results,
-        }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
-    if args.allocator == "both":
-        print(f"\nWritten to {args.out}")
+    torch.set_num_threads(args.threads)
+    if args.print_json:
+        print(json.dumps(run(args.allocator, args.only, args.rounds)))
+        return
+    before, results = conditions(), []
+    for allocator in SETTINGS if args.allocator == "all" else [args.allocator]:
+        for section in [args.only] if args.only else SECTIONS:
+            print(f"{allocator}: {section} ...", file=sys.stderr, flush=True)
+            results += in_a_process(allocator, section, args.rounds, args.threads)
+    report = {
+        "date": date.today().isoformat(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": args.threads,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+        "rounds": args.rounds,
+        "before": before,
+        "after": conditions(),
+        "results": results,
+    }
+    name = "-".join(re.findall(r"[a-z0-9]+", f"ops {report['processor']} {args.threads} threads".lower()))
+    out = args.out or RESULTS / name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    out.with_suffix(".md").write_text(table(report))
+    print(table(report))
+    print(f"Written to {out}.json and .md")
 
 
 if __name__ == "__main__":

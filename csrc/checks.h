@@ -113,6 +113,17 @@ inline void check_boxes(const at::Tensor& boxes) {
   TORCH_CHECK_TYPE(boxes.scalar_type() == at::kFloat, "boxes must be float32, got ", boxes.scalar_type());
 }
 
+// Boxes [N, 4] or scores [N] in host memory.
+inline void check_finite(const char* name, const at::Tensor& rows) {
+  const at::Tensor values = rows.to(at::kDouble).contiguous();
+  const double* value = values.const_data_ptr<double>();
+  const int64_t per_row = rows.dim() == 2 ? rows.size(1) : 1;
+  for (int64_t i = 0; i < values.numel(); ++i) {
+    TORCH_CHECK_VALUE(std::isfinite(value[i]), name, "[", i / per_row, "] is not finite (", value[i],
+                      "); drop such rows first");
+  }
+}
+
 inline void check_nms(
     const at::Tensor& boxes, const at::Tensor& scores, const std::optional<at::Tensor>& groups, double threshold,
     std::optional<int64_t> max_keep) {

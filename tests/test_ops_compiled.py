@@ -85,6 +85,38 @@ def test_the_same_bits_for_any_number_of_threads(mode, layout):
         assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
 
 
+@pytest.mark.parametrize("channels", [1, 5, 20, 130])
+@pytest.mark.parametrize("count", [2, 150])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_same_bits_in_every_layout(channels, count, dtype):
+    """Few RoIs have their windows turned to channels last, many the whole map; what comes out does not tell."""
+    rois = random_rois(5, count, 2, (120, 160))
+    gradient = torch.randn(count, channels, 3, 4, generator=generator(6)).to(dtype)
+    results = []
+    for layout in ("contiguous", "channels_last", "strided"):
+        features = torch.randn(2, channels, 60, 80, generator=generator(7)).to(dtype)
+        features = laid_out(features, layout).requires_grad_()
+        for samples in (0, 2):
+            pooled = ops.roi_align(features, rois, (3, 4), 0.5, samples)
+            results.append((layout, samples, pooled, torch.autograd.grad(pooled, features, gradient)[0]))
+    for samples in (0, 2):
+        (_, _, *expected), *others = [r for r in results if r[1] == samples]
+        for layout, _, *got in others:
+            assert all(torch.equal(a, b) for a, b in zip(got, expected)), (layout, samples)
+
+
+def test_large_results_are_stored_past_the_caches():
+    """Above 16 MB the stores are of another kind; the numbers are not."""
+    features = torch.randn(1, 300, 8, 8, generator=generator(8)).contiguous(memory_format=torch.channels_last)
+    rois = random_rois(9, 300, 1, (16, 16))
+    for dtype, channels in ((torch.float32, 300), (torch.float32, 299), (torch.bfloat16, 296)):
+        some = features[:, :channels].to(dtype, memory_format=torch.channels_last)
+        large = ops.roi_align(some, rois, 10 if dtype == torch.float32 else 15, 0.5)
+        assert large.numel() * large.element_size() > 1 << 24
+        small = [ops.roi_align(some, part, large.shape[2:], 0.5) for part in rois.split(50)]
+        assert torch.equal(large, torch.cat(small))
+
+
 def test_the_ops_check_for_themselves():
     """Called without Python's checks, neither forward nor backward leaves its memory."""
     maps = pyramid()
@@ -161,6 +193,9 @@ def test_nms_and_paste_check_for_themselves():
     boxes, scores = torch.tensor([[0.0, 0, 9, 9], [1, 1, torch.nan, 9]]), torch.tensor([0.5, 0.6])
     with pytest.raises(ValueError, match=r"boxes\[1\]"):
         torch.ops.mrcnn_edu.nms(boxes, scores, None, 0.5, None)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        with pytest.raises(ValueError, match=r"scores\[0\]"):
+            torch.ops.mrcnn_edu.nms(boxes[:1], torch.tensor([torch.nan], dtype=dtype), None, 0.5, None)
     with pytest.raises(ValueError, match=r"boxes\[1\]"):
         torch.ops.mrcnn_edu.paste(torch.rand(2, 5, 5), boxes, 9, 9, 0.5, False)
     good = boxes.nan_to_num(9)

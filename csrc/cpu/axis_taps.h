@@ -8,6 +8,12 @@
 
 namespace mrcnn_edu {
 
+inline size_t largest_part(const std::vector<size_t>& begin) {
+  size_t largest = 0;
+  for (size_t i = 0; i + 1 < begin.size(); ++i) largest = std::max(largest, begin[i + 1] - begin[i]);
+  return largest;
+}
+
 // For the mean: the cells each bin sums along one axis and their weights, samples that share a cell merged.
 // Bin b has the entries begin[b] to begin[b + 1].
 template <typename T>
@@ -33,17 +39,22 @@ struct MeanTaps {
 
   int count(int bin) const { return static_cast<int>(begin[bin + 1] - begin[bin]); }
 
-  int largest_count() const {
-    int largest = 0;
-    for (size_t bin = 0; bin + 1 < begin.size(); ++bin) largest = std::max(largest, count(static_cast<int>(bin)));
-    return largest;
+  // The cells of this axis, each once and in ascending order; the taps then count among these.
+  std::vector<int> renumber() {
+    std::vector<int> cells = cell;
+    std::sort(cells.begin(), cells.end());
+    cells.erase(std::unique(cells.begin(), cells.end()), cells.end());
+    for (int& index : cell) {
+      index = static_cast<int>(std::lower_bound(cells.begin(), cells.end(), index) - cells.begin());
+    }
+    return cells;
   }
 
  private:
-  // Samples advance steadily, so a shared cell is among the last two entries of the bin.
+  // Samples advance steadily, so a shared cell is among the last entries of the bin (three when they go backwards).
   void add(int index, T share) {
     if (share == T(0)) return;
-    for (size_t back = 1; back <= 2 && cell.size() >= begin.back() + back; ++back) {
+    for (size_t back = 1; back <= 3 && cell.size() >= begin.back() + back; ++back) {
       if (cell[cell.size() - back] == index) {
         weight[weight.size() - back] += share;
         return;
@@ -61,7 +72,7 @@ struct BinRows {
   std::vector<A> weight;
 
   void reserve(const MeanTaps<A>& ys, const MeanTaps<A>& xs) {
-    const size_t most = size_t(ys.largest_count()) * xs.largest_count();
+    const size_t most = largest_part(ys.begin) * largest_part(xs.begin);
     if (row.size() < most) row.resize(most), weight.resize(most);
   }
 
@@ -76,6 +87,33 @@ struct BinRows {
       }
     }
     return rows;
+  }
+};
+
+// The same seen from the cells, for the backward pass: which bins read each of them, and with what weight.
+// The i-th cell has the entries begin[i] to begin[i + 1].
+template <typename T>
+struct CellTaps {
+  std::vector<int> cell;  // each once and in ascending order
+  std::vector<int> bin;
+  std::vector<T> weight;
+  std::vector<size_t> begin;
+
+  void build(MeanTaps<T> taps) {
+    cell = taps.renumber();
+    begin.assign(cell.size() + 1, 0);
+    for (const int index : taps.cell) ++begin[index + 1];
+    for (size_t i = 0; i < cell.size(); ++i) begin[i + 1] += begin[i];
+    bin.resize(taps.cell.size());
+    weight.resize(taps.cell.size());
+    std::vector<size_t> next = begin;
+    for (size_t b = 0; b + 1 < taps.begin.size(); ++b) {
+      for (size_t tap = taps.begin[b]; tap < taps.begin[b + 1]; ++tap) {
+        const size_t place = next[taps.cell[tap]]++;
+        bin[place] = static_cast<int>(b);
+        weight[place] = taps.weight[tap];
+      }
+    }
   }
 };
 

@@ -5,28 +5,20 @@
 
 #include "../roi_problem.h"
 
-// Compile a function several times and let the loader choose what this processor understands best. Only GCC on Linux
-// does that; elsewhere the function is compiled once.
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__) && !defined(MRCNN_ONE_VERSION)
-#define MRCNN_EVERY_CPU __attribute__((target_clones("avx512f", "avx2", "default")))
-#define MRCNN_INLINE inline __attribute__((always_inline))
-#else
-#define MRCNN_EVERY_CPU
-#define MRCNN_INLINE inline
-#endif
-
 namespace mrcnn_edu {
 
 // RoIs in an order that finds neighbours in the cache: by level, image, band of rows, column.
 std::vector<int64_t> order_of_visit(const RoiProblem& problem);
 
-// Maps and output channels last: out [rois, bins_y, bins_x, channels].
+// Maps channels last, or planes: [images, channels, height, width]; so is out, [rois, bins_y, bins_x, channels] or
+// planes: [rois, channels, bins_y, bins_x]. The same bits in every case.
 template <typename T, typename A>
-void roi_mean_forward(const RoiProblem& problem, T* out);
+void roi_mean_forward(const RoiProblem& problem, bool planes, bool planes_out, T* out);
 
-// Maps and output channels first, one plane after the other: out [rois, channels, bins_y, bins_x].
+// The same for up to so many channels, where a cell is too short a row of numbers. Planes only, in and out.
+constexpr int64_t kFewChannels = 7;
 template <typename T, typename A>
-void roi_mean_forward_planes(const RoiProblem& problem, T* out);
+void roi_mean_forward_few_channels(const RoiProblem& problem, T* out);
 
 // winners [rois, bins_y, bins_x, channels]: which sample of the bin was the largest, -1 where there is none.
 template <typename T, typename A>
@@ -38,9 +30,9 @@ void roi_mean_backward(const RoiProblem& problem, const T* gradient);
 template <typename T, typename A>
 void roi_max_backward(const RoiProblem& problem, const T* gradient, const int32_t* winners);
 
-// Rows of `boxes` [count, 4] kept by greedy NMS, best first. `order` sorts them by score; group may be null.
+// Rows of `boxes` [count, 4] kept by greedy NMS, best first. All numbers are finite; group may be null.
 std::vector<int64_t> nms(
-    const float* boxes, const int64_t* order, const int64_t* group, int64_t count, double threshold, int64_t max_keep);
+    const float* boxes, const double* scores, const int64_t* group, int64_t count, double threshold, int64_t max_keep);
 
 // The pixels one mask can set: rows [top, bottom), columns [left, right) of the image.
 struct Window {

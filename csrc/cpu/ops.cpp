@@ -3,16 +3,21 @@
 // Chapter 9.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/sort.h>
+#include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
+#include <c10/util/safe_numerics.h>
 #include <torch/library.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
-#include <numeric>
+#include <cstdlib>
 
 #include "../checks.h"
 #include "kernels.h"
+#include "transpose.h"
 
 namespace mrcnn_edu {
 namespace {
@@ -36,18 +41,53 @@ void check_rows(const RoiProblem& problem) {
   for (int64_t r = 0; r < problem.rois; ++r) {
     const float* roi = problem.roi + 5 * r;
     TORCH_CHECK_VALUE(problem.is_valid(r), "rois[", r, "] = (", roi[0], ", ", roi[1], ", ", roi[2], ", ", roi[3], ", ",
-                      roi[4], ") on level ", problem.level[r], ": five finite numbers with a whole image index below ",
-                      problem.images, " and a level below ", problem.levels, " are needed");
+                      roi[4], ") on level ", problem.level[r], " must be finite numbers (image, x1, y1, x2, y2) with a ",
+                      "whole image index (there are ", problem.images, " images) and a level in 0..", problem.levels - 1);
   }
 }
 
-// Turning a map of two images of 200 x 272 cells to channels last costs as much as pooling some 400 RoIs from its planes.
+// A large result is memory new to the process, which Linux hands out 4 KB at a time, each with a page fault that costs
+// more than filling the page. On request it gives 2 MB at a time.
+Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options, MemoryFormat format) {
+  Tensor result = at::empty(sizes, options, format);
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096, kLarge = 1 << 23;
+  const auto first = (reinterpret_cast<uintptr_t>(result.mutable_data_ptr()) + kPage - 1) / kPage * kPage;
+  if (result.nbytes() > kLarge) madvise(reinterpret_cast<void*>(first), result.nbytes() - kPage, MADV_HUGEPAGE);
+#endif
+  return result;
+}
+
+template <typename Bits>  // what the numbers are does not matter here, only how large
+void transpose_as(const Tensor& from, int64_t rows, int64_t columns, Tensor& to) {
+  transpose_all(static_cast<const Bits*>(from.const_data_ptr()), from.size(0), rows, columns,
+                static_cast<Bits*>(to.mutable_data_ptr()));
+}
+
+// A tensor [N, C, H, W] in the given memory format.
+Tensor turned(const Tensor& tensor, MemoryFormat format) {
+  if (tensor.is_contiguous(format)) return tensor;
+  Tensor result = empty_result(tensor.sizes(), tensor.options(), format);
+  int64_t rows = tensor.size(1), columns = tensor.size(2) * tensor.size(3);
+  const bool to_planes = format == MemoryFormat::Contiguous;
+  if (to_planes) std::swap(rows, columns);
+  if (!tensor.is_contiguous(to_planes ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous)) result.copy_(tensor);
+  else if (tensor.element_size() == 2) transpose_as<uint16_t>(tensor, rows, columns, result);
+  else if (tensor.element_size() == 4) transpose_as<uint32_t>(tensor, rows, columns, result);
+  else transpose_as<uint64_t>(tensor, rows, columns, result);
+  return result;
+}
+
+// Turning whole maps to channels last reads them in order; turning only the window of each RoI jumps about, which costs
+// some three times as much per cell.
 bool worth_turning(const at::TensorList features, const RoiProblem& problem) {
-  int64_t cells = 0;
-  for (const Tensor& map : features) {
-    if (!map.is_contiguous(MemoryFormat::ChannelsLast)) cells += map.size(0) * map.size(2) * map.size(3);
-  }
-  return problem.channels >= 16 && problem.rois * problem.bins_y * problem.bins_x > cells / 5;
+  const auto cells_of = [](const Axis<float>& axis) {
+    return std::fmin(std::fabs(axis.bin_size) * float(axis.bins) + 2, float(axis.cells));
+  };
+  double in_windows = 0, in_maps = 0;
+  for (int64_t r = 0; r < problem.rois; ++r) in_windows += cells_of(problem.axis_y<float>(r)) * cells_of(problem.axis_x<float>(r));
+  for (const Tensor& map : features) in_maps += map.size(0) * map.size(2) * map.size(3);
+  return in_windows * 3 > in_maps;
 }
 
 std::tuple<Tensor, Tensor> roi_features(
@@ -57,34 +97,31 @@ std::tuple<Tensor, Tensor> roi_features(
   RoiProblem problem = describe(features, rois, levels, scales, {layer, bins_y, bins_x, samples_per_bin, aligned, maximum});
   check_rows(problem);
 
-  const bool channels_last = all_channels_last(features);
-  const bool planes = !maximum && !channels_last && !worth_turning(features, problem);
-  const MemoryFormat inside = planes ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast;
-  const MemoryFormat outside = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  const MemoryFormat wanted = all_channels_last(features) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+  const bool few_channels = !maximum && problem.channels <= kFewChannels;
+  const bool planes = few_channels || (!maximum && wanted == MemoryFormat::Contiguous && !worth_turning(features, problem));
   std::vector<Tensor> maps;
   for (const Tensor& map : features) {
-    maps.push_back(map.contiguous(inside));
+    maps.push_back(turned(map, planes ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast));
     problem.maps[maps.size() - 1].cells = const_cast<void*>(maps.back().const_data_ptr());
   }
 
-  const std::vector<int64_t> sizes{problem.rois, problem.channels, bins_y, bins_x};
-  const auto options = features[0].options();
-  Tensor out = at::empty(sizes, options, inside);
-  Tensor winners = at::empty({maximum ? out.numel() : 0}, options.dtype(at::kInt));
+  const MemoryFormat made = maximum ? MemoryFormat::ChannelsLast : few_channels ? MemoryFormat::Contiguous : wanted;
+  Tensor out = empty_result({problem.rois, problem.channels, bins_y, bins_x}, features[0].options(), made);
+  Tensor winners = at::empty({maximum ? out.numel() : 0}, rois.options().dtype(at::kInt));
   for_type(features[0].scalar_type(), [&](auto t, auto a) {
     using T = decltype(t);
     using A = decltype(a);
     T* pooled = out.mutable_data_ptr<T>();
     if (maximum) {
       roi_max_forward<T, A>(problem, pooled, winners.mutable_data_ptr<int32_t>());
-    } else if (planes) {
-      roi_mean_forward_planes<T, A>(problem, pooled);
+    } else if (few_channels) {
+      roi_mean_forward_few_channels<T, A>(problem, pooled);
     } else {
-      roi_mean_forward<T, A>(problem, pooled);
+      roi_mean_forward<T, A>(problem, planes, made == MemoryFormat::Contiguous, pooled);
     }
   });
-  if (inside != outside) out = at::empty(sizes, options, outside).copy_(out);
-  return {out, winners};
+  return {turned(out, wanted), winners};
 }
 
 std::vector<Tensor> roi_features_backward(
@@ -104,15 +141,15 @@ std::vector<Tensor> roi_features_backward(
   std::vector<Tensor> result;
   for (size_t i = 0; i < heights.size(); ++i) {
     // at::zeros would ignore the memory format
-    result.push_back(at::empty({images, problem.channels, heights[i], widths[i]}, gradient.options().dtype(exact),
-                               MemoryFormat::ChannelsLast).zero_());
+    result.push_back(empty_result({images, problem.channels, heights[i], widths[i]}, gradient.options().dtype(exact),
+                                  MemoryFormat::ChannelsLast).zero_());
     problem.maps[i].cells = result.back().mutable_data_ptr();
   }
-  const Tensor turned = gradient.contiguous(MemoryFormat::ChannelsLast);
+  const Tensor bins = turned(gradient, MemoryFormat::ChannelsLast);
   for_type(type, [&](auto t, auto a) {
     using T = decltype(t);
     using A = decltype(a);
-    const T* g = turned.const_data_ptr<T>();
+    const T* g = bins.const_data_ptr<T>();
     if (maximum) {
       roi_max_backward<T, A>(problem, g, winners.const_data_ptr<int32_t>());
     } else {
@@ -121,33 +158,38 @@ std::vector<Tensor> roi_features_backward(
   });
   if (type != exact || !channels_last) {
     const MemoryFormat format = channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
-    for (Tensor& map : result) map = at::empty(map.sizes(), map.options().dtype(type), format).copy_(map);
+    for (Tensor& map : result) map = turned(map.to(type), format);
   }
   return result;
-}
-
-void check_finite(const Tensor& rows) {
-  const float* value = rows.const_data_ptr<float>();
-  for (int64_t i = 0; i < rows.numel(); ++i) {
-    TORCH_CHECK_VALUE(std::isfinite(value[i]), "boxes[", i / 4, "] has a coordinate that is not finite: ", value[i]);
-  }
 }
 
 Tensor nms_op(
     const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& groups, double threshold,
     std::optional<int64_t> max_keep) {
   check_nms(boxes, scores, groups, threshold, max_keep);
-  const Tensor rows = boxes.contiguous();
-  check_finite(rows);
-  const Tensor order = std::get<1>(at::sort(scores, /*stable=*/true, /*dim=*/0, /*descending=*/true)).contiguous();
+  const Tensor rows = boxes.contiguous(), values = scores.to(at::kDouble).contiguous();
+  check_finite("boxes", rows);
+  check_finite("scores", values);
   const Tensor group = groups ? groups->contiguous() : Tensor();
   const std::vector<int64_t> kept =
-      nms(rows.const_data_ptr<float>(), order.const_data_ptr<int64_t>(),
+      nms(rows.const_data_ptr<float>(), values.const_data_ptr<double>(),
           groups ? group.const_data_ptr<int64_t>() : nullptr, rows.size(0), threshold,
           max_keep.value_or(std::numeric_limits<int64_t>::max()));
-  Tensor result = at::empty({static_cast<int64_t>(kept.size())}, order.options());
+  Tensor result = at::empty({static_cast<int64_t>(kept.size())}, boxes.options().dtype(at::kLong));
   std::copy(kept.begin(), kept.end(), result.mutable_data_ptr<int64_t>());
   return result;
+}
+
+// Memory new from the system is zero already, and calloc knows it: pixels that no mask covers are not even touched.
+Tensor zeros_untouched(at::IntArrayRef sizes, const at::TensorOptions& options) {
+  constexpr size_t kAligned = 64;
+  uint64_t bytes = options.dtype().itemsize();
+  bool too_large = false;
+  for (const int64_t size : sizes) too_large |= c10::mul_overflows(bytes, uint64_t(size), &bytes);
+  void* memory = too_large || bytes > (uint64_t(1) << 62) ? nullptr : std::calloc(bytes + kAligned, 1);
+  TORCH_CHECK(memory != nullptr, "not enough memory for ", sizes, " pixels");
+  const auto first = (reinterpret_cast<uintptr_t>(memory) + kAligned - 1) / kAligned * kAligned;
+  return at::from_blob(reinterpret_cast<void*>(first), sizes, [memory](void*) { std::free(memory); }, options);
 }
 
 Tensor with_ring_of_zeros(const Tensor& masks, bool integer) {
@@ -163,16 +205,14 @@ Tensor paste_into(
     const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width, double threshold, bool integer,
     at::ScalarType type) {
   const int64_t side = masks.size(1);
-  Tensor canvas = at::empty({masks.size(0), height, width}, masks.options().dtype(type));
+  Tensor canvas = zeros_untouched({masks.size(0), height, width}, masks.options().dtype(type));
   Pixel* pixels = canvas.mutable_data_ptr<Pixel>();
   const float *mask = masks.const_data_ptr<float>(), *box = boxes.const_data_ptr<float>();
   at::parallel_for(0, masks.size(0), 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      Pixel* image = pixels + n * height * width;
-      std::fill(image, image + height * width, Pixel(0));
       const Window window = paste_window(box + 4 * n, side, height, width, integer);
       paste_mask(mask + n * side * side, box + 4 * n, side, window, threshold, integer,
-                 image + window.top * width + window.left, width);
+                 pixels + (n * height + window.top) * width + window.left, width);
     }
   });
   return canvas;
@@ -183,7 +223,7 @@ Tensor paste(
     bool integer) {
   check_paste(masks_, boxes_, height, width);
   const Tensor masks = with_ring_of_zeros(masks_, integer), boxes = boxes_.contiguous();
-  check_finite(boxes);
+  check_finite("boxes", boxes);
   if (threshold) return paste_into<bool>(masks, boxes, height, width, *threshold, integer, at::kBool);
   return paste_into<float>(masks, boxes, height, width, 0, integer, at::kFloat);
 }
@@ -193,7 +233,7 @@ std::tuple<Tensor, Tensor> paste_crops(
     bool integer) {
   check_paste(masks_, boxes_, height, width);
   const Tensor masks = with_ring_of_zeros(masks_, integer), boxes = boxes_.contiguous();
-  check_finite(boxes);
+  check_finite("boxes", boxes);
   const int64_t count = masks.size(0), side = masks.size(1);
   Tensor windows = at::empty({count, 4}, boxes.options().dtype(at::kLong));
   int64_t* row = windows.mutable_data_ptr<int64_t>();

@@ -10,26 +10,10 @@
 #include <algorithm>
 
 #include "axis_taps.h"
+#include "inner_loops.h"
 #include "kernels.h"
 
 namespace mrcnn_edu {
-
-// cell[c] += weight * gradient[c] for each of the bin's cells.
-template <typename A>
-MRCNN_INLINE void add_to_rows_loop(
-    A* const* row, const A* weight, int64_t rows, int64_t channels, const A* __restrict gradient) {
-  for (int64_t k = 0; k < rows; ++k) {
-    A* __restrict cell = row[k];
-    const A w = weight[k];
-    for (int64_t c = 0; c < channels; ++c) cell[c] += w * gradient[c];
-  }
-}
-MRCNN_EVERY_CPU void add_to_rows(float* const* row, const float* weight, int64_t rows, int64_t channels, const float* g) {
-  add_to_rows_loop(row, weight, rows, channels, g);
-}
-MRCNN_EVERY_CPU void add_to_rows(double* const* row, const double* weight, int64_t rows, int64_t channels, const double* g) {
-  add_to_rows_loop(row, weight, rows, channels, g);
-}
 
 // Calls work(first, last) for ranges of channels, one per thread, each at least a cache line wide.
 template <typename Work>
@@ -41,26 +25,39 @@ void for_channels(int64_t channels, const Work& work) {
   });
 }
 
+// Every cell that a RoI reads asks which bins read it. The axes take turns: a line of cells first sums what it gets from
+// the bins above each other, then its cells from those side by side; so each cell of the map is touched once per RoI.
 template <typename T, typename A>
 void roi_mean_backward(const RoiProblem& problem, const T* gradient) {
   const std::vector<int64_t> order = order_of_visit(problem);
-  const int64_t channels = problem.channels;
+  const int64_t channels = problem.channels, bins_x = problem.bins_x;
   for_channels(channels, [&](int64_t first, int64_t last) {
-    MeanTaps<A> ys, xs;
-    BinRows<A, A> bin_rows;
-    std::vector<A> part(last - first);
+    const int64_t count = last - first;
+    MeanTaps<A> taps;
+    CellTaps<A> ys, xs;
+    std::vector<const T*> above;
+    std::vector<const A*> beside;
+    std::vector<A> line(bins_x * count);  // [bins_x, count]
     for (const int64_t r : order) {
+      taps.build(problem.axis_y<A>(r));
+      ys.build(taps);
+      taps.build(problem.axis_x<A>(r));
+      xs.build(taps);
+      above.resize(std::max(above.size(), largest_part(ys.begin)));
+      beside.resize(std::max(beside.size(), largest_part(xs.begin)));
       const int64_t width = problem.maps[problem.level[r]].width;
-      A* cells = problem.image_cells<A>(r) + first;
-      ys.build(problem.axis_y<A>(r));
-      xs.build(problem.axis_x<A>(r));
-      bin_rows.reserve(ys, xs);
-      const T* bin = gradient + r * problem.bins_y * problem.bins_x * channels;
-      for (int by = 0; by < problem.bins_y; ++by) {
-        for (int bx = 0; bx < problem.bins_x; ++bx, bin += channels) {
-          const int64_t rows = bin_rows.fill(ys, xs, by, bx, cells, width, channels);
-          std::copy(bin + first, bin + last, part.begin());
-          add_to_rows(bin_rows.row.data(), bin_rows.weight.data(), rows, last - first, part.data());
+      const T* bins = gradient + r * problem.bins_y * bins_x * channels + first;
+      for (size_t y = 0; y < ys.cell.size(); ++y) {
+        const int64_t rows = ys.begin[y + 1] - ys.begin[y];
+        for (int64_t bx = 0; bx < bins_x; ++bx) {
+          for (int64_t k = 0; k < rows; ++k) above[k] = bins + (ys.bin[ys.begin[y] + k] * bins_x + bx) * channels;
+          sum_rows(above.data(), ys.weight.data() + ys.begin[y], rows, count, line.data() + bx * count);
+        }
+        A* cells = problem.image_cells<A>(r) + ys.cell[y] * width * channels + first;
+        for (size_t x = 0; x < xs.cell.size(); ++x) {
+          const int64_t columns = xs.begin[x + 1] - xs.begin[x];
+          for (int64_t k = 0; k < columns; ++k) beside[k] = line.data() + xs.bin[xs.begin[x] + k] * count;
+          add_rows(beside.data(), xs.weight.data() + xs.begin[x], columns, count, cells + xs.cell[x] * channels);
         }
       }
     }

@@ -1,8 +1,7 @@
 // RoI layers on the CPU, forward.
 //
-// Chapter 9. Maps are channels last, so that a cell is one contiguous row of numbers and a bin a weighted sum of such
-// rows: the inner loops run over channels, and the compiler turns them into vector instructions. No sum is ever
-// reordered or fused (-ffp-contract=off), so every processor gives the same bits.
+// Chapter 9. With channels last, a cell is one contiguous row of numbers and a bin a weighted sum of such rows. RoIs are
+// shared out among the threads.
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -13,7 +12,9 @@
 #include <type_traits>
 
 #include "axis_taps.h"
+#include "inner_loops.h"
 #include "kernels.h"
+#include "transpose.h"
 
 namespace mrcnn_edu {
 
@@ -32,108 +33,80 @@ std::vector<int64_t> order_of_visit(const RoiProblem& problem) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Inner loops
-// ---------------------------------------------------------------------------------------------------------------------
-
-// sum[c] = weight[0] * row[0][c] + weight[1] * row[1][c] + ..., four rows per pass over the channels.
-template <typename T, typename A>
-MRCNN_INLINE void sum_rows_loop(const T* const* row, const A* weight, int64_t rows, int64_t channels, A* __restrict sum) {
-  int64_t k = 0;
-  if (rows >= 4) {
-    const T *r0 = row[0], *r1 = row[1], *r2 = row[2], *r3 = row[3];
-    const A w0 = weight[0], w1 = weight[1], w2 = weight[2], w3 = weight[3];
-    for (int64_t c = 0; c < channels; ++c) {
-      sum[c] = (w0 * A(r0[c]) + w1 * A(r1[c])) + (w2 * A(r2[c]) + w3 * A(r3[c]));
-    }
-    k = 4;
-  } else {
-    for (int64_t c = 0; c < channels; ++c) sum[c] = A(0);
-  }
-  for (; k + 4 <= rows; k += 4) {
-    const T *r0 = row[k], *r1 = row[k + 1], *r2 = row[k + 2], *r3 = row[k + 3];
-    const A w0 = weight[k], w1 = weight[k + 1], w2 = weight[k + 2], w3 = weight[k + 3];
-    for (int64_t c = 0; c < channels; ++c) {
-      sum[c] += (w0 * A(r0[c]) + w1 * A(r1[c])) + (w2 * A(r2[c]) + w3 * A(r3[c]));
-    }
-  }
-  for (; k < rows; ++k) {
-    const T* r0 = row[k];
-    const A w0 = weight[k];
-    for (int64_t c = 0; c < channels; ++c) sum[c] += w0 * A(r0[c]);
-  }
-}
-
-// best[c] = max(best[c], the sample), and which sample it was. The first of equal ones stays; NaN beats every number.
-// A whole cell is row[0] as it is: a neighbour with weight 0 must not spoil it by 0 * inf.
-template <typename T, typename A>
-MRCNN_INLINE void max_sample_loop(
-    const T* const* row, const A* weight, bool whole_cell, int32_t sample, int64_t channels, A* best, int32_t* winner) {
-  const T *r0 = row[0], *r1 = row[1], *r2 = row[2], *r3 = row[3];
-  const A w0 = weight[0], w1 = weight[1], w2 = weight[2], w3 = weight[3];
-  for (int64_t c = 0; c < channels; ++c) {
-    const A value =
-        whole_cell ? A(r0[c]) : (w0 * A(r0[c]) + w1 * A(r1[c])) + (w2 * A(r2[c]) + w3 * A(r3[c]));
-    const bool better = sample == 0 || value > best[c] || (value != value && best[c] == best[c]);
-    best[c] = better ? value : best[c];
-    winner[c] = better ? sample : winner[c];
-  }
-}
-
-// One function per type of map, each compiled for several processors.
-#define MRCNN_INNER_LOOPS(T, A)                                                                                 \
-  MRCNN_EVERY_CPU void sum_rows(const T* const* row, const A* weight, int64_t rows, int64_t channels, A* sum) { \
-    sum_rows_loop(row, weight, rows, channels, sum);                                                            \
-  }                                                                                                             \
-  MRCNN_EVERY_CPU void max_sample(                                                                              \
-      const T* const* row, const A* weight, bool whole_cell, int32_t sample, int64_t channels, A* best,         \
-      int32_t* winner) {                                                                                        \
-    max_sample_loop(row, weight, whole_cell, sample, channels, best, winner);                                   \
-  }
-MRCNN_INNER_LOOPS(float, float)
-MRCNN_INNER_LOOPS(double, double)
-MRCNN_INNER_LOOPS(c10::BFloat16, float)
-MRCNN_INNER_LOOPS(c10::Half, float)
-#undef MRCNN_INNER_LOOPS
-
-// ---------------------------------------------------------------------------------------------------------------------
 // Mean
 // ---------------------------------------------------------------------------------------------------------------------
 
 template <typename T, typename A>
-void roi_mean_forward(const RoiProblem& problem, T* out) {
+void store(const A* sum, int64_t count, T* rounded, T* target, bool past_caches) {
+  if constexpr (std::is_same_v<T, A>) {
+    if (past_caches) store_past_caches(target, sum, count * sizeof(T));
+    else std::copy(sum, sum + count, target);
+  } else {
+    std::copy(sum, sum + count, past_caches ? rounded : target);
+    if (past_caches) store_past_caches(target, rounded, count * sizeof(T));
+  }
+}
+
+// The cells on some lines and columns of a map [channels, height, width], as rows of numbers.
+template <typename T>
+void turn_window(
+    const T* planes, const Map& map, const std::vector<int>& lines, const std::vector<int>& columns, int64_t channels,
+    T* window) {
+  for (int64_t c = 0; c < channels; ++c) {
+    T* cell = window + c;
+    for (const int y : lines) {
+      const T* line = planes + (c * map.height + y) * map.width;
+      for (const int x : columns) *cell = line[x], cell += channels;
+    }
+  }
+}
+
+template <typename T, typename A>
+void roi_mean_forward(const RoiProblem& problem, bool planes, bool planes_out, T* out) {
+  constexpr int64_t kLarge = 1 << 24;  // bytes
   const std::vector<int64_t> order = order_of_visit(problem);
-  const int64_t channels = problem.channels;
+  const int64_t channels = problem.channels, bins = int64_t(problem.bins_y) * problem.bins_x;
+  const int64_t strip = planes ? std::min(kStrip, channels) : channels;  // channels at a time, to stay in the cache
+  const bool large = !planes_out && problem.rois * bins * channels * int64_t(sizeof(T)) > kLarge;
   at::parallel_for(0, problem.rois, 1, [&](int64_t begin, int64_t end) {
     MeanTaps<A> ys, xs;
     BinRows<const T, A> bin_rows;
-    std::vector<A> sum(channels);
+    std::vector<T> window, rounded(strip), turned(planes_out ? bins * strip : 0);
+    std::vector<A> sum(strip);
     for (int64_t n = begin; n < end; ++n) {
       const int64_t r = order[n];
-      const int64_t width = problem.maps[problem.level[r]].width;
-      const T* cells = problem.image_cells<const T>(r);
+      const Map& map = problem.maps[problem.level[r]];
       ys.build(problem.axis_y<A>(r));
       xs.build(problem.axis_x<A>(r));
       bin_rows.reserve(ys, xs);
-      T* bin = out + r * problem.bins_y * problem.bins_x * channels;
-      for (int by = 0; by < problem.bins_y; ++by) {
-        for (int bx = 0; bx < problem.bins_x; ++bx, bin += channels) {
-          const int64_t rows = bin_rows.fill(ys, xs, by, bx, cells, width, channels);
-          if constexpr (std::is_same_v<T, A>) {
-            sum_rows(bin_rows.row.data(), bin_rows.weight.data(), rows, channels, bin);
-          } else {
-            sum_rows(bin_rows.row.data(), bin_rows.weight.data(), rows, channels, sum.data());
-            std::copy(sum.begin(), sum.end(), bin);
+      const T* cells = problem.image_cells<const T>(r);
+      std::vector<int> lines, columns;
+      if (planes) {
+        lines = ys.renumber(), columns = xs.renumber();
+        window.resize(std::max<size_t>(window.size(), lines.size() * columns.size() * strip));
+      }
+      for (int64_t first = 0; first < channels; first += strip) {
+        const int64_t count = std::min(strip, channels - first);
+        if (planes) turn_window(cells + first * map.height * map.width, map, lines, columns, count, window.data());
+        T* bin = planes_out ? turned.data() : out + r * bins * channels;
+        for (int by = 0; by < problem.bins_y; ++by) {
+          for (int bx = 0; bx < problem.bins_x; ++bx, bin += count) {
+            const int64_t rows = planes ? bin_rows.fill(ys, xs, by, bx, window.data(), columns.size(), count)
+                                        : bin_rows.fill(ys, xs, by, bx, cells, map.width, channels);
+            sum_rows(bin_rows.row.data(), bin_rows.weight.data(), rows, count, sum.data());
+            store(sum.data(), count, rounded.data(), bin, large);
           }
         }
+        if (planes_out) transpose(turned.data(), bins, count, 0, count, out + (r * channels + first) * bins);
       }
     }
+    finish_stores();
   });
 }
 
-// One plane at a time: first the rows of a bin are summed, then its columns. For maps with few channels, and for maps
-// that are channels first when there are too few RoIs to make turning the map round worth while.
+// One plane at a time: first the rows of a bin are summed, then its columns.
 template <typename T, typename A>
-void roi_mean_forward_planes(const RoiProblem& problem, T* out) {
+void roi_mean_forward_few_channels(const RoiProblem& problem, T* out) {
   const std::vector<int64_t> order = order_of_visit(problem);
   const int64_t bins = int64_t(problem.bins_y) * problem.bins_x;
   at::parallel_for(0, problem.rois, 1, [&](int64_t begin, int64_t end) {
@@ -214,8 +187,8 @@ void roi_max_forward(const RoiProblem& problem, T* out, int32_t* winners) {
 }
 
 #define MRCNN_INSTANTIATE(T, A)                                          \
-  template void roi_mean_forward<T, A>(const RoiProblem&, T*);           \
-  template void roi_mean_forward_planes<T, A>(const RoiProblem&, T*);    \
+  template void roi_mean_forward<T, A>(const RoiProblem&, bool, bool, T*);           \
+  template void roi_mean_forward_few_channels<T, A>(const RoiProblem&, T*);    \
   template void roi_max_forward<T, A>(const RoiProblem&, T*, int32_t*);
 MRCNN_INSTANTIATE(float, float)
 MRCNN_INSTANTIATE(double, double)

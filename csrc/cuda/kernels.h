@@ -25,10 +25,10 @@ void roi_backward(
     const RoiProblem& problem, Number number, const void* gradient, const int32_t* winners, bool deterministic,
     BadRow bad_row, cudaStream_t stream);
 
-// `order` sorts the rows by score. overlap is scratch of count * ceil(count / 64) words, removed of ceil(count / 64)
+// `order` sorts the rows by score; `usable` says which scores are numbers. overlap is scratch of count * ceil(count / 64) words, removed of ceil(count / 64)
 // zeros. Writes the kept rows, best first, and how many there are.
 void nms(
-    const float* boxes, const float* scores, const int64_t* order, const int64_t* group, int64_t count,
+    const float* boxes, const bool* usable, const int64_t* order, const int64_t* group, int64_t count,
     double threshold, int64_t max_keep, unsigned long long* overlap, unsigned long long* removed, int64_t* kept,
     int64_t* kept_count, BadRow bad_row, cudaStream_t stream);
 
@@ -36,6 +36,6 @@ void nms(
 // are written, mask n's from pixels + begin[n] on. Exactly one of set and probability is given.
 void paste(
     const float* mask, const float* box, int64_t masks, int64_t side, int64_t height, int64_t width, double threshold,
-    bool integer, const int64_t* begin, bool* set, float* probability, cudaStream_t stream);
+    bool integer, const int64_t* begin, bool* set, float* probability, BadRow bad_row, cudaStream_t stream);
 
 }  // namespace mrcnn_edu::cuda

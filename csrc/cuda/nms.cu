@@ -12,13 +12,13 @@ using Word = unsigned long long;
 constexpr int kBits = 64;
 constexpr int kScanThreads = 512;
 
-// Rows that are not finite are as good as suppressed from the start.
+// Rows whose score or box is not finite are as good as suppressed from the start.
 __global__ void remove_bad_rows(
-    const float* boxes, const float* scores, const int64_t* order, int64_t count, Word* removed, BadRow bad_row) {
+    const float* boxes, const bool* usable, const int64_t* order, int64_t count, Word* removed, BadRow bad_row) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= count) return;
   const float* box = boxes + 4 * order[i];
-  bool finite = std::isfinite(scores[order[i]]);
+  bool finite = usable[order[i]];
   for (int k = 0; k < 4; ++k) finite = finite && std::isfinite(box[k]);
   if (finite) return;
   atomicOr(removed + i / kBits, Word(1) << (i % kBits));
@@ -96,12 +96,12 @@ __global__ void scan(
 }  // namespace
 
 void nms(
-    const float* boxes, const float* scores, const int64_t* order, const int64_t* group, int64_t count,
+    const float* boxes, const bool* usable, const int64_t* order, const int64_t* group, int64_t count,
     double threshold, int64_t max_keep, unsigned long long* overlap, unsigned long long* removed, int64_t* kept,
     int64_t* kept_count, BadRow bad_row, cudaStream_t stream) {
   const unsigned words = static_cast<unsigned>((count + kBits - 1) / kBits);
   const unsigned blocks = static_cast<unsigned>((count + 255) / 256);
-  remove_bad_rows<<<blocks, 256, 0, stream>>>(boxes, scores, order, count, removed, bad_row);
+  remove_bad_rows<<<blocks, 256, 0, stream>>>(boxes, usable, order, count, removed, bad_row);
   compare<<<dim3(words, words), kBits, 0, stream>>>(boxes, order, group, count, threshold, overlap);
   scan<<<1, kScanThreads, 0, stream>>>(order, count, max_keep, overlap, removed, kept, kept_count);
 }

@@ -4,6 +4,7 @@
 // rows that would lead them out of their memory and leave a note, which the next call turns into an error.
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/isfinite.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
@@ -47,7 +48,7 @@ void raise_reported() {
   const int row = *note();
   if (row == 0) return;
   *note() = 0;
-  TORCH_CHECK_VALUE(false, "row ", row - 1, " of the rois or boxes of an earlier op on CUDA was not finite, or named an "
+  TORCH_CHECK_VALUE(false, "row ", row - 1, " of the rois or boxes given to an op on CUDA was not finite, or named an "
                     "image or level that does not exist; it was skipped");
 }
 
@@ -130,13 +131,13 @@ Tensor nms_op(
   TORCH_CHECK_VALUE(words <= 65535, "NMS on CUDA takes at most ", 65535 * 64, " boxes, got ", count);
   const auto indices = boxes.options().dtype(at::kLong);
   if (count == 0) return at::empty({0}, indices);
-  const Tensor rows = boxes.contiguous(), values = scores.to(at::kFloat).contiguous();
+  const Tensor rows = boxes.contiguous(), usable = at::isfinite(scores).contiguous();
   const Tensor order = std::get<1>(at::sort(scores, /*stable=*/true, /*dim=*/0, /*descending=*/true)).contiguous();
   const Tensor group = groups ? groups->contiguous() : Tensor();
   Tensor overlap = at::empty({count * words}, indices), removed = at::zeros({words}, indices);
   Tensor kept = at::empty({count}, indices), kept_count = at::empty({1}, indices);
   using Word = unsigned long long;
-  nms(rows.const_data_ptr<float>(), values.const_data_ptr<float>(), order.const_data_ptr<int64_t>(),
+  nms(rows.const_data_ptr<float>(), usable.const_data_ptr<bool>(), order.const_data_ptr<int64_t>(),
       groups ? group.const_data_ptr<int64_t>() : nullptr, count, threshold, max_keep.value_or(count),
       static_cast<Word*>(overlap.mutable_data_ptr()), static_cast<Word*>(removed.mutable_data_ptr()),
       kept.mutable_data_ptr<int64_t>(), kept_count.mutable_data_ptr<int64_t>(), bad_row(),
@@ -162,7 +163,7 @@ void launch_paste(
   if (pixels.numel() == 0) return;
   paste(masks.const_data_ptr<float>(), boxes.const_data_ptr<float>(), masks.size(0), masks.size(1), height, width,
         threshold.value_or(0), integer, begin, threshold ? pixels.mutable_data_ptr<bool>() : nullptr,
-        threshold ? nullptr : pixels.mutable_data_ptr<float>(), c10::cuda::getCurrentCUDAStream());
+        threshold ? nullptr : pixels.mutable_data_ptr<float>(), bad_row(), c10::cuda::getCurrentCUDAStream());
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
@@ -186,6 +187,7 @@ std::tuple<Tensor, Tensor> paste_crops(
   const Tensor masks = with_ring_of_zeros(masks_, integer), boxes = boxes_.contiguous();
   // How large the windows are decides how much memory is needed, so the boxes come to the host first.
   const Tensor on_host = boxes.cpu();
+  check_finite("boxes", on_host);
   const int64_t count = masks.size(0), side = masks.size(1);
   Tensor windows = at::empty({count, 4}, on_host.options().dtype(at::kLong));
   Tensor begin = at::empty({count}, windows.options());

@@ -9,8 +9,14 @@ namespace {
 
 __global__ void paste_masks(
     const float* mask, const float* box, int64_t masks, int64_t side, int64_t height, int64_t width, double threshold,
-    bool integer, const int64_t* begin, bool* set, float* probability) {
+    bool integer, const int64_t* begin, bool* set, float* probability, BadRow bad_row) {
   for (int64_t n = blockIdx.y; n < masks; n += gridDim.y) {
+    bool finite = true;
+    for (int k = 0; k < 4; ++k) finite = finite && std::isfinite(box[4 * n + k]);
+    if (!finite) {
+      *bad_row = static_cast<int>(n) + 1;
+      continue;
+    }
     const PasteAxis y_axis = paste_axis(box[4 * n + 1], box[4 * n + 3], side, height, integer);
     const PasteAxis x_axis = paste_axis(box[4 * n], box[4 * n + 2], side, width, integer);
     const int64_t columns = x_axis.end - x_axis.begin;
@@ -34,10 +40,10 @@ __global__ void paste_masks(
 
 void paste(
     const float* mask, const float* box, int64_t masks, int64_t side, int64_t height, int64_t width, double threshold,
-    bool integer, const int64_t* begin, bool* set, float* probability, cudaStream_t stream) {
+    bool integer, const int64_t* begin, bool* set, float* probability, BadRow bad_row, cudaStream_t stream) {
   const unsigned rows = static_cast<unsigned>(masks < 65535 ? masks : 65535);
   paste_masks<<<dim3(32, rows), 256, 0, stream>>>(
-      mask, box, masks, side, height, width, threshold, integer, begin, set, probability);
+      mask, box, masks, side, height, width, threshold, integer, begin, set, probability, bad_row);
 }
 
 }  // namespace mrcnn_edu::cuda

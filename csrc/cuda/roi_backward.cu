@@ -66,50 +66,76 @@ __device__ __forceinline__ bool may_reach(const Axis<A>& axis, int cell) {
   return A(cell) >= std::fmin(one, other) - A(2) && A(cell) <= std::fmax(one, other) + A(2);
 }
 
+struct Cell {
+  int64_t image;
+  int level, y, x;
+};
+
+// Asked of all RoIs at once, one by each thread of a block; so it also finds the bad rows.
+template <typename A>
+__device__ bool may_read(const RoiProblem& problem, int64_t roi, const Cell& cell, BadRow bad_row) {
+  if (roi >= problem.rois) return false;
+  if (!problem.is_valid(roi)) {
+    *bad_row = static_cast<int>(roi) + 1;
+    return false;
+  }
+  return problem.level[roi] == cell.level && static_cast<int64_t>(problem.roi[5 * roi]) == cell.image &&
+         may_reach(problem.axis_y<A>(roi), cell.y) && may_reach(problem.axis_x<A>(roi), cell.x);
+}
+
+// What one channel of a cell gets from one RoI.
+template <typename T, typename A>
+__device__ A gradient_from(
+    const RoiProblem& problem, int64_t roi, const Cell& cell, int64_t channel, const T* gradient,
+    const int32_t* winners) {
+  const Axis<A> y_axis = problem.axis_y<A>(roi), x_axis = problem.axis_x<A>(roi);
+  A sum = A(0);
+  for (int by = 0; by < problem.bins_y; ++by) {
+    const Samples<A> ys = samples_of_bin(y_axis, by);
+    const A y_weight = mean_weight(ys, y_axis.cells, cell.y);
+    if (y_weight == A(0)) continue;
+    for (int bx = 0; bx < problem.bins_x; ++bx) {
+      const Samples<A> xs = samples_of_bin(x_axis, bx);
+      A weight = y_weight * mean_weight(xs, x_axis.cells, cell.x);
+      if (weight == A(0)) continue;
+      const int64_t place = ((roi * problem.bins_y + by) * problem.bins_x + bx) * problem.channels + channel;
+      if (winners != nullptr) {
+        const int32_t winner = winners[place];
+        if (winner < 0 || winner >= int64_t(ys.count) * xs.count) continue;
+        weight = weight_of_cell(taps_at(ys.position(winner / xs.count), y_axis.cells), cell.y) *
+                 weight_of_cell(taps_at(xs.position(winner % xs.count), x_axis.cells), cell.x);
+      }
+      sum += weight * to_sum<A>(gradient[place]);
+    }
+  }
+  return sum;
+}
+
+// A block takes one cell after the other, and each of its threads one channel of them.
 template <typename T, typename A>
 __global__ void cells_to_bins(RoiProblem problem, int level, const T* gradient, const int32_t* winners, BadRow bad_row) {
+  constexpr int kWarp = 32;
+  __shared__ unsigned reading[kThreads / kWarp];  // a bit for each of the RoIs that are looked at together
   const Map& map = problem.maps[level];
-  const int64_t items = problem.images * map.height * map.width * problem.channels;
-  for (int64_t item = first_item(); item < items; item += item_step()) {
-    const int64_t channel = item % problem.channels;
-    int64_t cell = item / problem.channels;
-    const int x = static_cast<int>(cell % map.width);
-    cell /= map.width;
-    const int y = static_cast<int>(cell % map.height);
-    const int64_t image = cell / map.height;
-
+  const int64_t channel = int64_t(blockIdx.y) * kThreads + threadIdx.x;
+  const int64_t cells = problem.images * map.height * map.width;
+  for (int64_t place = blockIdx.x; place < cells; place += gridDim.x) {
+    const int64_t line = place / map.width;
+    const Cell cell{line / map.height, level, static_cast<int>(line % map.height), static_cast<int>(place % map.width)};
     A sum = A(0);
-    for (int64_t r = 0; r < problem.rois; ++r) {
-      if (!problem.is_valid(r)) {
-        if (item == 0) *bad_row = static_cast<int>(r) + 1;
-        continue;
-      }
-      if (problem.level[r] != level || static_cast<int64_t>(problem.roi[5 * r]) != image) continue;
-      const Axis<A> y_axis = problem.axis_y<A>(r), x_axis = problem.axis_x<A>(r);
-      if (!may_reach(y_axis, y) || !may_reach(x_axis, x)) continue;
-      int64_t bin = r * problem.bins_y * problem.bins_x;
-      for (int by = 0; by < problem.bins_y; ++by) {
-        const Samples<A> ys = samples_of_bin(y_axis, by);
-        const A y_weight = mean_weight(ys, y_axis.cells, y);
-        if (y_weight == A(0)) {
-          bin += problem.bins_x;
-          continue;
-        }
-        for (int bx = 0; bx < problem.bins_x; ++bx, ++bin) {
-          const Samples<A> xs = samples_of_bin(x_axis, bx);
-          A weight = y_weight * mean_weight(xs, x_axis.cells, x);
-          if (weight == A(0)) continue;
-          if (winners != nullptr) {
-            const int32_t winner = winners[bin * problem.channels + channel];
-            if (winner < 0 || winner >= int64_t(ys.count) * xs.count) continue;
-            weight = weight_of_cell(taps_at(ys.position(winner / xs.count), y_axis.cells), y) *
-                     weight_of_cell(taps_at(xs.position(winner % xs.count), x_axis.cells), x);
-          }
-          sum += weight * to_sum<A>(gradient[bin * problem.channels + channel]);
+    for (int64_t first = 0; first < problem.rois; first += kThreads) {
+      const unsigned answers = __ballot_sync(~0u, may_read<A>(problem, first + threadIdx.x, cell, bad_row));
+      if (threadIdx.x % kWarp == 0) reading[threadIdx.x / kWarp] = answers;
+      __syncthreads();
+      for (int warp = 0; warp < kThreads / kWarp; ++warp) {
+        for (unsigned rest = reading[warp]; rest != 0 && channel < problem.channels; rest &= rest - 1) {
+          const int64_t roi = first + warp * kWarp + __ffs(static_cast<int>(rest)) - 1;
+          sum += gradient_from<T, A>(problem, roi, cell, channel, gradient, winners);
         }
       }
+      __syncthreads();  // before the bits are written again
     }
-    static_cast<A*>(map.cells)[item] = sum;
+    if (channel < problem.channels) static_cast<A*>(map.cells)[place * problem.channels + channel] = sum;
   }
 }
 
@@ -129,8 +155,10 @@ void roi_backward(
     }
     for (int level = 0; level < problem.levels; ++level) {
       const Map& map = problem.maps[level];
-      const Launch launch(problem.images * map.height * map.width * problem.channels);
-      cells_to_bins<T, A><<<launch.blocks, kThreads, 0, stream>>>(problem, level, g, winners, bad_row);
+      const int64_t cells = problem.images * map.height * map.width;
+      const dim3 blocks(static_cast<unsigned>(cells < (1 << 30) ? cells : (1 << 30)),
+                        static_cast<unsigned>((problem.channels + kThreads - 1) / kThreads));
+      cells_to_bins<T, A><<<blocks, kThreads, 0, stream>>>(problem, level, g, winners, bad_row);
     }
   });
 }

@@ -132,7 +132,7 @@ def pool_levels(
     checks.sampling(samples_per_bin, mode)
     checks.features_and_rois(features, rois, levels, scales)
     run = implementation(rois.device)
-    if run is not compiled or rois.device.type == "cpu":  # on CUDA reading values would wait; the kernel checks them
+    if run is not compiled:  # which looks at the values itself; from here, that would wait for a CUDA device
         checks.roi_values(rois, features[0].shape[0])
     if layer == "roi_pool":
         mode = "max"
@@ -154,8 +154,7 @@ def nms(boxes: Tensor, scores: Tensor, threshold: float, max_keep: int | None = 
 
     Source: the paper inherits NMS from Faster R-CNN [36]; Appendix B gives the thresholds.
     """
-    checks.boxes_and_scores(boxes, scores, None, threshold, max_keep)
-    return implementation(boxes.device).nms(boxes.detach(), scores.detach(), None, float(threshold), max_keep)
+    return _nms(boxes, scores, None, threshold, max_keep)
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float, max_keep: int | None = None) -> Tensor:
@@ -164,8 +163,16 @@ def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float,
     groups   [N] int64, any values; other arguments as in ``nms``
     returns  [n] int64, the rows that are kept, best first over all groups
     """
+    return _nms(boxes, scores, groups, threshold, max_keep)
+
+
+def _nms(boxes, scores, groups, threshold, max_keep) -> Tensor:
     checks.boxes_and_scores(boxes, scores, groups, threshold, max_keep)
-    return implementation(boxes.device).nms(boxes.detach(), scores.detach(), groups, float(threshold), max_keep)
+    run = implementation(boxes.device)
+    if run is not compiled:
+        checks.finite("boxes", boxes)
+        checks.finite("scores", scores)
+    return run.nms(boxes.detach(), scores.detach(), groups, float(threshold), max_keep)
 
 
 def paste_masks(

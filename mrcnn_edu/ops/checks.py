@@ -140,9 +140,6 @@ def boxes_and_scores(
         raise ValueError(f"threshold must be an IoU in 0..1, got {threshold!r}")
     if max_keep is not None and (isinstance(max_keep, bool) or not isinstance(max_keep, int) or max_keep < 0):
         raise ValueError(f"max_keep must be None or an integer of at least 0, got {max_keep!r}")
-    if _values_can_be_read():
-        _finite("boxes", boxes)
-        _finite("scores", scores)
 
 
 def boxes_only(boxes: Tensor) -> None:
@@ -154,7 +151,10 @@ def boxes_only(boxes: Tensor) -> None:
         raise TypeError(f"boxes must be float32, got {boxes.dtype}; use boxes.float()")
 
 
-def _finite(name: str, value: Tensor) -> None:
+def finite(name: str, value: Tensor) -> None:
+    """Refuse NaN and inf. Reads the values: waits on CUDA."""
+    if not _values_can_be_read():
+        return
     good = torch.isfinite(value.detach())
     if not bool(good.all()):
         row = int((~good.reshape(value.shape[0], -1).all(dim=1)).nonzero()[0])
@@ -180,5 +180,4 @@ def masks_and_boxes(mask_probs: Tensor, boxes: Tensor, size: Sequence[int], thre
         raise ValueError(f"threshold must be None or a probability, got {threshold!r}")
     if rule not in ("continuous", "integer"):
         raise ValueError(f'rule must be "continuous" or "integer", got {rule!r}')
-    if _values_can_be_read():
-        _finite("boxes", boxes)
+    finite("boxes", boxes)
