@@ -43,8 +43,8 @@ def inside_outside(assembled: Tensor) -> tuple[Tensor, Tensor]:
 
     assembled  [R, 2 * K, P, P]: for each class a logit that the pixel is inside the instance, and one that it is in the
                roi but outside
-    returns    mask probabilities [R, K, P, P], the softmax of the two, and class logits [R, K], the mean over all pixels
-               of the larger of the two
+    returns    mask probabilities [R, K, P, P], the softmax of the two, and class logits [R, K], the mean over all
+               pixels of the larger of the two
     """
     if assembled.ndim != 4 or assembled.shape[1] % 2:
         raise ValueError(f"each class needs two maps, got {list(assembled.shape)}")
