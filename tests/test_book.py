@@ -173,6 +173,16 @@ def test_every_exercise_has_a_check_a_stub_and_a_solution(path):
         assert called in defined
 
 
+def test_the_instructors_page_names_exercises_by_their_titles():
+    titles = {}
+    for path in CHAPTERS:
+        found = re.findall(r"^:::\{exercise\} (.+)\n:label: (\S+)", text(path), re.M)
+        titles |= {label: title.split(" (open")[0] for title, label in found}
+    named = re.findall(r"\[([^]]+)\]\(#(ex-[\w-]+)\)", (BOOK / "instructors.md").read_text(encoding="utf-8"))
+    assert len(named) > 20
+    assert [pair for pair in named if titles.get(pair[1]) != pair[0]] == []
+
+
 @per_chapter
 def test_figures_have_alt_text_caption_and_name(path):
     names = []

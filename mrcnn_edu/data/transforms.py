@@ -1,6 +1,7 @@
 """Resizing, mirroring and recolouring an image together with everything that is known about it.
 
-Chapter 2 (a data set we can trust). Paper: Section 3.1 (shorter side 800 px) and Appendix B (scale jitter).
+Chapter 2 (a data set we can trust) and Chapter 21 (bells and whistles). Paper: Section 3.1 (shorter side 800 px) and
+Appendix B (scale jitter).
 
 Each is a pure function of an image ``[3, H, W]`` and its Target; chance enters in ``Augment`` alone, by a generator.
 """

@@ -1,6 +1,6 @@
 """A non-local block: every cell of a map looks at every other.
 
-Chapter 3 (backbones). Paper: Appendix B, the non-local model [43], Table 8.
+Chapter 3 (backbones) and Chapter 21 (bells and whistles). Paper: Appendix B, the non-local model [43], Table 8.
 """
 
 from __future__ import annotations
