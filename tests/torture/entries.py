@@ -191,4 +191,4 @@ def case(number: int, folder: Path) -> str:
 
 
 AREA = Area("entries", "every exported name with one argument that is something else", case,
-            short=500, full=10_000, memory=512, chunk=500)  # fmt: skip
+            short=300, full=10_000, memory=512, chunk=500)  # fmt: skip

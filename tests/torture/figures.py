@@ -20,7 +20,7 @@ HEAD = """# What was thrown at it
 and memory. A fault is a crash, a hang, an error that is no sentence of ours, too much time or memory, or a wrong
 answer; `python tests/torture AREA --case NUMBER` repeats one.
 
-| Area | Cases | of | Faults | Processor time | Slowest case | Memory grew by |
+| Area | Cases | of | Faults | Seconds | Slowest case | Memory grew by |
 |---|---:|---:|---:|---:|---:|---:|
 """
 

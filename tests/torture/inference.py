@@ -173,4 +173,4 @@ def case(number: int, _: Path) -> str:
 
 
 AREA = Area("inference", "images of every size, 12 megapixels with 100 masks, what is not finite or no image", case,
-            short=60, full=2000, seconds=120, memory=1024, chunk=200)  # fmt: skip
+            short=40, full=2000, seconds=120, memory=1024, chunk=200)  # fmt: skip

@@ -140,7 +140,7 @@ AREA = Area(
     "masks",
     "run lengths and polygons, random and mutated, to masks",
     case,
-    short=3000,
+    short=2000,
     full=1_000_000,
     cpu=0.05,
     memory=128,
