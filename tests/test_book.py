@@ -173,6 +173,13 @@ def test_every_exercise_has_a_check_a_stub_and_a_solution(path):
         assert called in defined
 
 
+def test_the_bibliography_has_each_key_once_and_all_that_are_cited():
+    keys = re.findall(r"^@\w+\{([^,]+),", (BOOK / "references.bib").read_text(encoding="utf-8"), re.M)
+    assert sorted(set(keys)) == sorted(keys)
+    pages = [text(path) for path in CHAPTERS] + [path.read_text(encoding="utf-8") for path in BOOK.glob("*.md")]
+    assert set(re.findall(r"\{cite\w*\}`([^`]+)`", "\n".join(pages))) <= set(keys)
+
+
 def test_the_instructors_page_names_exercises_by_their_titles():
     titles = {}
     for path in CHAPTERS:
