@@ -56,7 +56,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is not None:  # one of several
         return any(_fits(value, part) for part in parts)
     if hint in (int, float):
-        return type(value) in (int, hint)
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
     return isinstance(value, hint)
 
 
