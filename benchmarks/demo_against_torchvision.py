@@ -1,13 +1,13 @@
 """The demo's task with torchvision's own detection classes: same data, widths, recipe and minutes on the same machine.
 
-    python benchmarks/demo_against_torchvision.py --minutes 6 --seed 0 --out runs/torchvision
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 benchmarks/demo_against_torchvision.py --minutes 6
 
 torchvision's blocks, pyramid, RPN, RoI heads, RoIAlign, NMS, samplers, losses and post-processing are put together at
 the widths of the ``maskrcnn_shapes`` preset and trained by this project's loop, which is the same for both. Ours is
 ``mrcnn-edu demo``. What torchvision has no setting for stays as torchvision has it: every positive roi trains the mask
-and keypoint heads (ours: at most 12 per image), rois of all classes train the keypoint head, and the last layers are
-initialised its way. Norms stand where ours stand, except in the two box layers and the keypoint convs, whose
-torchvision classes have none.
+and keypoint heads (ours: a few per image), rois of all classes train the keypoint head, and the last layers are
+initialised its way. Norms are ours and stand where ours stand, except in the two box layers and the keypoint convs,
+whose torchvision classes have none.
 
 The number of iterations is what fits into the minutes: measured first, then trained with the schedule stretched to it.
 """
@@ -37,8 +37,10 @@ from mrcnn_edu.data.loading import train_loader
 from mrcnn_edu.demo import AREA_SCALE, demo_config
 from mrcnn_edu.evaluation.measure import measure
 from mrcnn_edu.evaluation.report import as_text
+from mrcnn_edu.models.resnet import group_norm
 from mrcnn_edu.structures import Detections, ImageBatch, Target
 from mrcnn_edu.training.checkpoint import write_json
+from mrcnn_edu.training.distributed import World, connected
 from mrcnn_edu.training.loop import train
 from mrcnn_edu.training.randomness import seed_rng
 from mrcnn_edu.training.schedule import build_optimiser
@@ -60,7 +62,7 @@ class SlimBackbone(nn.Module):
         super().__init__()
 
         def strided(inputs: int) -> nn.Sequential:
-            return nn.Sequential(nn.Conv2d(inputs, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+            return nn.Sequential(nn.Conv2d(inputs, width, 3, 2, 1, bias=False), group_norm(width), nn.ReLU())
 
         self.stem = nn.Sequential(strided(3), strided(width))
         blocks, inputs = [], width
@@ -68,14 +70,14 @@ class SlimBackbone(nn.Module):
             outputs, stride = width * 2**index, 1 if index == 0 else 2
             shortcut = None
             if stride != 1:
-                shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-            blocks.append(BasicBlock(inputs, outputs, stride, shortcut))
+                shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), group_norm(outputs))
+            blocks.append(BasicBlock(inputs, outputs, stride, shortcut, norm_layer=group_norm))
             inputs = outputs
         self.stages = nn.ModuleList(blocks)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        self.fpn = FeaturePyramidNetwork([width * 2, width * 4, width * 8], channels, norm_layer=nn.BatchNorm2d)
+        self.fpn = FeaturePyramidNetwork([width * 2, width * 4, width * 8], channels, norm_layer=group_norm)
         self.out_channels = channels
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -119,7 +121,7 @@ class Torchvision(nn.Module):
             box_score_thresh=box.score_threshold,
             box_nms_thresh=box.nms_threshold,
             mask_roi_pool=align(mask.pooled_size),
-            mask_head=MaskRCNNHeads(channels, mask.convs, 1, norm_layer=nn.BatchNorm2d),
+            mask_head=MaskRCNNHeads(channels, mask.convs, 1, norm_layer=group_norm),
             mask_predictor=MaskRCNNPredictor(mask.convs[-1], mask.convs[-1], classes),
         )
         heads = self.detector.roi_heads
@@ -166,11 +168,11 @@ def as_detections(found: dict[str, Tensor]) -> Detections:
     return Detections(found["boxes"], found["scores"], found["labels"], found["masks"][:, 0], keypoints)
 
 
-def seconds_per_iteration(config: Config, data: CocoDataset, steps: int = 30, warm: int = 5) -> float:
-    """Measured over a few steps of real training, loading included."""
+def seconds_per_iteration(config: Config, data: CocoDataset, world: World, steps: int = 60, warm: int = 10) -> float:
+    """Measured over a few steps of real training, loading included; that of the slowest process."""
     model = Torchvision(config.model).train().to(memory_format=torch.channels_last)
     optimiser = build_optimiser(model, config.train, config.model.conventions)
-    batches = train_loader(data, config.data, config.train.batch_size, seed=99)
+    batches = train_loader(data, config.data, config.train.batch_size, 99, 0, world.rank, world.size)
     for step in range(steps + warm):
         if step == warm:
             began = time.perf_counter()
@@ -179,7 +181,7 @@ def seconds_per_iteration(config: Config, data: CocoDataset, steps: int = 30, wa
         sum(model(batch, targets).values()).backward()
         optimiser.step()
     batches.close()
-    return (time.perf_counter() - began) / steps
+    return max(world.gather((time.perf_counter() - began) / steps))
 
 
 def main() -> None:
@@ -191,31 +193,38 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/torchvision"))
     options = parser.parse_args()
 
-    shapes.write(options.data)
+    with connected("cpu") as world:
+        world.from_first(lambda: shapes.write(options.data) and None)
+        compare(options, world)
+
+
+def compare(options: argparse.Namespace, world: World) -> None:
+    """Train and measure."""
     train_data = CocoDataset(options.data / "train", options.data / "train.json")
     val_data = CocoDataset(options.data / "val", options.data / "val.json")
     seed_rng(options.seed)
     iterations = options.iterations
     if iterations is None:
-        seconds = seconds_per_iteration(demo_config(options.seed), train_data)
+        seconds = seconds_per_iteration(demo_config(options.seed), train_data, world)
         iterations = round(options.minutes * 60 / seconds)
-        print(f"{seconds:.3f} s per iteration: {iterations} iterations fit into {options.minutes:g} minutes")
+        if world.rank == 0:
+            print(f"{seconds:.3f} s per iteration: {iterations} iterations fit into {options.minutes:g} minutes")
     config = demo_config(options.seed, iterations)
     seed_rng(options.seed)
     model = Torchvision(config.model)
-    summary = train(config, model, train_data, None, options.out)
-    evaluation, _ = measure(model, val_data, replace(config.data, workers=0), options.out, AREA_SCALE)
-    print(as_text(evaluation))
-    write_json(
-        options.out / "metrics.json",
-        {
-            "evaluation": evaluation.to_json(),
-            "iterations": iterations,
-            "seed": options.seed,
-            "seconds": summary["seconds"],
-            "memory_mib": summary["memory_mib"],
-        },
-    )
+    summary = train(config, model, train_data, None, options.out, device="cpu")
+    evaluation, _ = measure(model, val_data, replace(config.data, workers=0), options.out, AREA_SCALE, world=world)
+    metrics = {
+        "evaluation": evaluation.to_json(),
+        "iterations": iterations,
+        "processes": world.size,
+        "seed": options.seed,
+        "seconds": summary["seconds"],
+        "memory_mib": sum(part or 0.0 for part in world.gather(summary["memory_mib"])),
+    }
+    world.from_first(lambda: write_json(options.out / "metrics.json", metrics))
+    if world.rank == 0:
+        print(as_text(evaluation))
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ def replicate(model: MaskRCNN) -> DistributedDataParallel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer versions of PyTorch have another name for the option
         # Statistics of batch norms are shared where they matter, before a model is measured or left (share_buffers)
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def compile_parts(model: MaskRCNN) -> None:
