@@ -1,7 +1,7 @@
 """An easy world, which a small head learns in seconds: bright flat shapes on a dark flat ground, a few to an image.
 
-Chapter 10 (the box head), Chapter 11 (the mask head), Chapter 12 (the whole model), Chapter 13 (training) and Chapter 14
-(keypoints) watch models learn on it. What is worth measuring is measured on ``data.shapes``.
+Chapter 10 (the box head), Chapter 11 (the mask head), Chapter 12 (the whole model), Chapter 13 (training) and
+Chapter 14 (keypoints) watch models learn on it. What is worth measuring is measured on ``data.shapes``.
 """
 
 from __future__ import annotations
