@@ -87,6 +87,7 @@ def refused(error: Exception) -> str:
 def run(area: Area, cases: range, jobs: int = 1, until: float = float("inf")) -> Report:
     """Run cases; stop starting new processes at ``until`` (monotonic). The report says how many were run."""
     report, began = Report(), time.monotonic()
+    looked = began
     waiting = deque(range(first, min(first + area.chunk, cases.stop)) for first in cases[:: area.chunk])
     running: list[_Child] = []
     while waiting or running:
@@ -94,7 +95,10 @@ def run(area: Area, cases: range, jobs: int = 1, until: float = float("inf")) ->
             running.append(_Child(area, waiting.popleft()))
         if not running:
             break
+        pause, looked = time.monotonic() - looked, time.monotonic()
         for child in list(running):
+            if pause > 5:  # this process was stopped, and so were its children: their clocks begin again
+                child.clock[1] = looked
             if (done := child.look()) is None:
                 continue
             running.remove(child)
