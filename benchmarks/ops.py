@@ -7,7 +7,7 @@ Both sides always run under the same setting of the allocator, because it decide
 
     default      glibc gives every large block back to the system when it is freed, and asks for it again page by page
     keep heap    glibc keeps what is freed (mallopt)
-    huge pages   PyTorch asks for pages of 2 MB (THP_MEM_ALLOC_ENABLE=1), as our ops always do for their own results
+    huge pages   PyTorch asks for pages of 2 MB (THP_MEM_ALLOC_ENABLE=1)
 
 Run it on an idle machine: the load before and after is part of the result, and so is the rate of a plain copy, which
 tells how much of the memory's speed was there. Written to benchmarks/results/, for programs and for readers.

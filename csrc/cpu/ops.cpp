@@ -8,10 +8,6 @@
 #include <c10/util/safe_numerics.h>
 #include <torch/library.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cstdlib>
 
@@ -40,22 +36,11 @@ void for_type(at::ScalarType type, const Work& work) {
 void check_rows(const RoiProblem& problem) {
   for (int64_t r = 0; r < problem.rois; ++r) {
     const float* roi = problem.roi + 5 * r;
-    TORCH_CHECK_VALUE(problem.is_valid(r), "rois[", r, "] = (", roi[0], ", ", roi[1], ", ", roi[2], ", ", roi[3], ", ",
-                      roi[4], ") on level ", problem.level[r], " must be finite numbers (image, x1, y1, x2, y2) with a ",
-                      "whole image index (there are ", problem.images, " images) and a level in 0..", problem.levels - 1);
+    TORCH_CHECK_VALUE(problem.is_valid(r), "rois[", r, "] = (", roi[0], ", ", roi[1], ", ", roi[2], ", ", roi[3],
+                      ", ", roi[4], ") on level ", problem.level[r], " must be finite numbers (image, x1, y1, x2, y2) ",
+                      "with a whole image index (there are ", problem.images, " images) and a level in 0..",
+                      problem.levels - 1);
   }
-}
-
-// A large result is memory new to the process, which Linux hands out 4 KB at a time, each with a page fault that costs
-// more than filling the page. On request it gives 2 MB at a time.
-Tensor empty_result(at::IntArrayRef sizes, const at::TensorOptions& options, MemoryFormat format) {
-  Tensor result = at::empty(sizes, options, format);
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096, kLarge = 1 << 23;
-  const auto first = (reinterpret_cast<uintptr_t>(result.mutable_data_ptr()) + kPage - 1) / kPage * kPage;
-  if (result.nbytes() > kLarge) madvise(reinterpret_cast<void*>(first), result.nbytes() - kPage, MADV_HUGEPAGE);
-#endif
-  return result;
 }
 
 template <typename Bits>  // what the numbers are does not matter here, only how large
@@ -67,7 +52,7 @@ void transpose_as(const Tensor& from, int64_t rows, int64_t columns, Tensor& to)
 // A tensor [N, C, H, W] in the given memory format.
 Tensor turned(const Tensor& tensor, MemoryFormat format) {
   if (tensor.is_contiguous(format)) return tensor;
-  Tensor result = empty_result(tensor.sizes(), tensor.options(), format);
+  Tensor result = at::empty(tensor.sizes(), tensor.options(), format);
   int64_t rows = tensor.size(1), columns = tensor.size(2) * tensor.size(3);
   const bool to_planes = format == MemoryFormat::Contiguous;
   if (to_planes) std::swap(rows, columns);
@@ -85,7 +70,9 @@ bool worth_turning(const at::TensorList features, const RoiProblem& problem) {
     return std::fmin(std::fabs(axis.bin_size) * float(axis.bins) + 2, float(axis.cells));
   };
   double in_windows = 0, in_maps = 0;
-  for (int64_t r = 0; r < problem.rois; ++r) in_windows += cells_of(problem.axis_y<float>(r)) * cells_of(problem.axis_x<float>(r));
+  for (int64_t r = 0; r < problem.rois; ++r) {
+    in_windows += cells_of(problem.axis_y<float>(r)) * cells_of(problem.axis_x<float>(r));
+  }
   for (const Tensor& map : features) in_maps += map.size(0) * map.size(2) * map.size(3);
   return in_windows * 3 > in_maps;
 }
@@ -94,12 +81,14 @@ std::tuple<Tensor, Tensor> roi_features(
     at::TensorList features, const Tensor& rois_, const Tensor& levels_, at::ArrayRef<double> scales, int64_t layer,
     int64_t bins_y, int64_t bins_x, int64_t samples_per_bin, bool aligned, bool maximum) {
   const Tensor rois = rois_.contiguous(), levels = levels_.contiguous();
-  RoiProblem problem = describe(features, rois, levels, scales, {layer, bins_y, bins_x, samples_per_bin, aligned, maximum});
+  RoiProblem problem =
+      describe(features, rois, levels, scales, {layer, bins_y, bins_x, samples_per_bin, aligned, maximum});
   check_rows(problem);
 
   const MemoryFormat wanted = all_channels_last(features) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
   const bool few_channels = !maximum && problem.channels <= kFewChannels;
-  const bool planes = few_channels || (!maximum && wanted == MemoryFormat::Contiguous && !worth_turning(features, problem));
+  const bool planes =
+      few_channels || (!maximum && wanted == MemoryFormat::Contiguous && !worth_turning(features, problem));
   std::vector<Tensor> maps;
   for (const Tensor& map : features) {
     maps.push_back(turned(map, planes ? MemoryFormat::Contiguous : MemoryFormat::ChannelsLast));
@@ -107,7 +96,7 @@ std::tuple<Tensor, Tensor> roi_features(
   }
 
   const MemoryFormat made = maximum ? MemoryFormat::ChannelsLast : few_channels ? MemoryFormat::Contiguous : wanted;
-  Tensor out = empty_result({problem.rois, problem.channels, bins_y, bins_x}, features[0].options(), made);
+  Tensor out = at::empty({problem.rois, problem.channels, bins_y, bins_x}, features[0].options(), made);
   Tensor winners = at::empty({maximum ? out.numel() : 0}, rois.options().dtype(at::kInt));
   for_type(features[0].scalar_type(), [&](auto t, auto a) {
     using T = decltype(t);
@@ -141,8 +130,8 @@ std::vector<Tensor> roi_features_backward(
   std::vector<Tensor> result;
   for (size_t i = 0; i < heights.size(); ++i) {
     // at::zeros would ignore the memory format
-    result.push_back(empty_result({images, problem.channels, heights[i], widths[i]}, gradient.options().dtype(exact),
-                                  MemoryFormat::ChannelsLast).zero_());
+    result.push_back(at::empty({images, problem.channels, heights[i], widths[i]}, gradient.options().dtype(exact),
+                               MemoryFormat::ChannelsLast).zero_());
     problem.maps[i].cells = result.back().mutable_data_ptr();
   }
   const Tensor bins = turned(gradient, MemoryFormat::ChannelsLast);

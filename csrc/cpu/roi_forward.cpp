@@ -130,7 +130,9 @@ void roi_mean_forward_few_channels(const RoiProblem& problem, T* out) {
         const T* plane = problem.image_cells<const T>(r) + c * map.height * map.width + *left;
         for (int by = 0; by < problem.bins_y; ++by) {
           row.clear();
-          for (size_t y = ys.begin[by]; y < ys.begin[by + 1]; ++y) row.push_back(plane + int64_t(ys.cell[y]) * map.width);
+          for (size_t y = ys.begin[by]; y < ys.begin[by + 1]; ++y) {
+            row.push_back(plane + int64_t(ys.cell[y]) * map.width);
+          }
           sum_rows(row.data(), ys.weight.data() + ys.begin[by], ys.count(by), columns, line.data());
           for (int bx = 0; bx < problem.bins_x; ++bx, ++bin) {
             A sum = 0;
@@ -186,9 +188,9 @@ void roi_max_forward(const RoiProblem& problem, T* out, int32_t* winners) {
   });
 }
 
-#define MRCNN_INSTANTIATE(T, A)                                          \
-  template void roi_mean_forward<T, A>(const RoiProblem&, bool, bool, T*);           \
-  template void roi_mean_forward_few_channels<T, A>(const RoiProblem&, T*);    \
+#define MRCNN_INSTANTIATE(T, A)                                              \
+  template void roi_mean_forward<T, A>(const RoiProblem&, bool, bool, T*);   \
+  template void roi_mean_forward_few_channels<T, A>(const RoiProblem&, T*);  \
   template void roi_max_forward<T, A>(const RoiProblem&, T*, int32_t*);
 MRCNN_INSTANTIATE(float, float)
 MRCNN_INSTANTIATE(double, double)

@@ -25,8 +25,8 @@ void roi_backward(
     const RoiProblem& problem, Number number, const void* gradient, const int32_t* winners, bool deterministic,
     BadRow bad_row, cudaStream_t stream);
 
-// `order` sorts the rows by score; `usable` says which scores are numbers. overlap is scratch of count * ceil(count / 64) words, removed of ceil(count / 64)
-// zeros. Writes the kept rows, best first, and how many there are.
+// `order` sorts the rows by score; `usable` says which scores are numbers. overlap is scratch of count * ceil(count / 64)
+// words, removed of ceil(count / 64) zeros. Writes the kept rows, best first, and how many there are.
 void nms(
     const float* boxes, const bool* usable, const int64_t* order, const int64_t* group, int64_t count,
     double threshold, int64_t max_keep, unsigned long long* overlap, unsigned long long* removed, int64_t* kept,

@@ -62,7 +62,8 @@ std::tuple<Tensor, Tensor> roi_features(
     int64_t bins_y, int64_t bins_x, int64_t samples_per_bin, bool aligned, bool maximum) {
   const c10::cuda::CUDAGuard guard(rois_.device());
   const Tensor rois = rois_.contiguous(), levels = levels_.contiguous();
-  RoiProblem problem = describe(features, rois, levels, scales, {layer, bins_y, bins_x, samples_per_bin, aligned, maximum});
+  RoiProblem problem =
+      describe(features, rois, levels, scales, {layer, bins_y, bins_x, samples_per_bin, aligned, maximum});
   std::vector<Tensor> maps;
   for (const Tensor& map : features) {
     maps.push_back(map.contiguous(MemoryFormat::ChannelsLast));
