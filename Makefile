@@ -18,7 +18,7 @@ LOG := $(VENV)/setup.log
 # On a failed step: the end of what it printed, and where the rest is.
 OR_SAY = >> $(LOG) 2>&1 || { tail -n 25 $(LOG); echo "Setting up failed. All of it is in $(LOG)."; exit 1; }
 
-.PHONY: help demo test lab book bench torture lint clean
+.PHONY: help demo test lab book bench sanitize torture lint clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -37,6 +37,10 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+
+# The op tests with the C++ part built for AddressSanitizer and UBSan.
+sanitize: $(VENV)/.ready
+	@$(BIN)/python csrc/sanitize.py $(ARGS)
 
 # The figures go to benchmarks/results/torture.md; ARGS="masks --minutes 4" goes on with a part of it.
 torture: $(VENV)/.ready
