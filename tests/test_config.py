@@ -192,7 +192,7 @@ BAD = [
     (BackboneConfig, {"architecture": "resnet51"}, "did you mean 'resnet50'"),
     (BackboneConfig, {"width": 0}, "at least 1"),
     (BackboneConfig, {"stem": "5x5"}, "stem"),
-    (BackboneConfig, {"norm": "group"}, "Known: frozen, batch"),
+    (BackboneConfig, {"norm": "layer"}, "Known: frozen, batch, group"),
     (BackboneConfig, {"frozen_stages": 6}, "0 to 5, got 6"),
     (BackboneConfig, {"frozen_stages": -1}, "0 to 5"),
     (BackboneConfig, {"channels": 0}, "channels must be at least 1"),

@@ -152,6 +152,8 @@ class _AnnotationReader:
             if number is None:
                 continue
             known.add(number)
+            if is_whole(entry.get("image_id")) and entry["image_id"] in self.faults.images:
+                continue
             try:
                 image = self._lookup(entry, "image_id", self.images)
                 self.rows[entry["image_id"]].append(self._row(entry, image.size))

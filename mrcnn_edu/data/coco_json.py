@@ -31,6 +31,7 @@ class Faults:
 
     def __init__(self, file: str, strict: bool) -> None:
         self.file, self.strict, self.dropped = file, strict, []
+        self.images: set[int] = set()  # that were dropped; what they hold goes with them, without a word of its own
 
     def add(self, place: str, problem: str) -> None:
         """Note one problem. Raises ValueError when strict."""
@@ -180,6 +181,7 @@ def read_images(entries: list[Any], faults: Faults, images_dir: Path | None = No
                 check_size((height, width), images_dir, name)
         except (ValueError, OSError) as error:
             faults.add(f"image {number}", str(error))
+            faults.images.add(number)
             continue
         images[number], files[name] = ImageEntry(name, (height, width)), number
     return images

@@ -120,14 +120,14 @@ def loop(
         set_learning_rate(run.optimiser, rate)
         run.optimiser.zero_grad()
         for part in range(1, settings.accumulate + 1):
+            waiting = time.perf_counter()
+            with run.world.together(), signals.at_once():  # nothing is drawn at random before all have their images
+                batch, targets, image_ids = next(batches)
+            loading += time.perf_counter() - waiting
+            images += image_ids
+            batch, targets = to_device(batch, targets, run, settings)
             with gradients_kept(run, part < settings.accumulate):
                 with run.world.together():
-                    waiting = time.perf_counter()
-                    with signals.at_once():
-                        batch, targets, image_ids = next(batches)
-                    loading += time.perf_counter() - waiting
-                    images += image_ids
-                    batch, targets = to_device(batch, targets, run, settings)
                     with autocast(run, settings):
                         losses = run.replica(batch, targets, task.training(batch, image_ids), task.losses)
                     values.append(finite_losses(losses, run, image_ids))

@@ -72,12 +72,14 @@ class Report:
 
 
 def refused(error: Exception) -> str:
-    """The word for an error that is meant: one of ours, raised by a ``raise`` of the package. Any other is a fault.
+    """The word for an error that is meant: one of ours, raised by the package. Any other is a fault.
 
     What the system says of a file that it cannot open, naming it, is as good as ours.
     """
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    meant = last.filename.startswith(PACKAGE) and (last.line or "").startswith("raise")
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if frame.filename.startswith(PACKAGE)]
+    meant = bool(ours) and ours[-1] is frames[-1] and (ours[-1].line or "").startswith("raise")
+    meant = meant or (bool(ours) and ours[-1].filename.endswith("ops/compiled.py"))  # by our C++, through torch
     meant = meant or (isinstance(error, OSError) and error.filename is not None)
     if not (isinstance(error, CLEAR) and meant and len(str(error).split()) >= 4):
         raise error
