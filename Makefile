@@ -56,7 +56,7 @@ book: $(VENV)/.book
 	@cmp -s _build/sources.new _build/sources || rm -rf _build/.jupyter_cache
 	@mv _build/sources.new _build/sources
 	@rm -rf _build/.doctrees # links between pages of different age break; reading them all again is quick
-	@$(BIN)/jupyter-book build . -q -n -W --keep-going > /dev/null
+	@OMP_NUM_THREADS=1 $(BIN)/jupyter-book build . -q -n -W --keep-going > /dev/null
 	@echo "The book: _build/html/index.html"
 
 clean:

@@ -47,6 +47,9 @@ class Demo:
 
     Takes minutes on two cores. Writes the data set, the run, metrics.json and sheet.png. A run that was stopped goes on
     where it was; one that is complete is only measured again.
+
+    Without a GPU two processes are faster than two threads, which is what make demo starts:
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 -m mrcnn_edu demo
     """
 
     out: Path = Path("runs/demo")  # folder of the run
