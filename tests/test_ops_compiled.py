@@ -220,3 +220,14 @@ def test_nms_and_paste_check_for_themselves():
 
 def test_says_what_runs():
     assert ops.backend().startswith("compiled (cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.complex128], ids=str)
+def test_a_raw_gradient_of_another_type_is_refused_before_it_is_turned(dtype: torch.dtype) -> None:
+    """Two rois, so that it lies in planes and not channels last; its numbers are not as wide as those of any map."""
+    rois, levels = torch.tensor([[0.0, 1, 1, 5, 5], [0, 2, 2, 6, 6]]), torch.zeros(2, dtype=torch.int64)
+    gradient, winners = torch.ones(2, 3, 2, 3).to(dtype), torch.zeros(0, dtype=torch.int32)
+    with pytest.raises(TypeError, match="floating point"):
+        torch.ops.mrcnn_edu.roi_features_backward(
+            gradient, winners, rois, levels, [0.5], 1, [6], [8], True, 2, 2, True, False
+        )

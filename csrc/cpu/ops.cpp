@@ -59,7 +59,8 @@ Tensor turned(const Tensor& tensor, MemoryFormat format) {
   if (!tensor.is_contiguous(to_planes ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous)) result.copy_(tensor);
   else if (tensor.element_size() == 2) transpose_as<uint16_t>(tensor, rows, columns, result);
   else if (tensor.element_size() == 4) transpose_as<uint32_t>(tensor, rows, columns, result);
-  else transpose_as<uint64_t>(tensor, rows, columns, result);
+  else if (tensor.element_size() == 8) transpose_as<uint64_t>(tensor, rows, columns, result);
+  else result.copy_(tensor);  // of no type that the ops take, which is said later
   return result;
 }
 
