@@ -22,7 +22,7 @@ OR_SAY = >> $(LOG) 2>&1 || { tail -n 25 $(LOG); echo "Setting up failed. All of 
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
-# Two processes with a thread each: twice as fast as one with two, since layers this small do not divide among threads.
+# Two processes with a thread each are faster than one with two: layers this small do not divide well among threads.
 demo: $(VENV)/.ready
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --local-addr=localhost --nproc-per-node=$(PROCESSES) \
 	  -m mrcnn_edu demo $(ARGS)

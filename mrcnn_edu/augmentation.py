@@ -1,7 +1,6 @@
 """Test-time augmentation: one image seen at several sizes and in the mirror, and one answer from all of it.
 
-Chapter 12 (the whole model), Chapter 16 (what the paper measured) and Chapter 21 (bells and whistles). Paper:
-Appendix B, "Test-time augmentation".
+Chapter 12 (the whole model) and Chapter 21 (bells and whistles). Paper: Appendix B, "Test-time augmentation".
 
 Boxes first: those of all views are thrown together and thinned by NMS. Then every view is asked for the masks and the
 keypoint maps of the boxes that are left, and their mean is the answer.

@@ -1,6 +1,6 @@
 """Our numbers beside the paper's: read from the results of ``reproduce``, as a table and as a figure.
 
-Chapter 16 (what the paper measured).
+Chapter 17 (the ablations).
 """
 
 from __future__ import annotations

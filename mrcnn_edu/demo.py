@@ -2,7 +2,7 @@
 
 Chapter 13 (training end to end). It uses nothing but the package's public functions, in the order a project would.
 Started by torchrun, as ``make demo`` does, its processes share the work: the layers of so small a model are too short
-to be divided among threads, but a batch divides well.
+to be divided well among threads, a batch is not.
 """
 
 from __future__ import annotations

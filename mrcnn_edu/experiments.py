@@ -1,6 +1,6 @@
 """Every row of every table of the paper, and every experiment in its text: ``EXPERIMENTS["table2c/roialign-mean"]``.
 
-Chapter 16 (what the paper measured). Paper: Tables 1 to 9; Sections 4.2 to 4.4; Appendices A and B.
+Chapter 17 (the ablations). Paper: Tables 1 to 9; Sections 4.2 to 4.4; Appendices A and B.
 
 A row has the paper's own numbers, a complete configuration at the paper's scale (``coco``) and, derived from it by the
 same rule for every row, one for drawn shapes (``toy``). Rows that quote other people's systems have numbers only.

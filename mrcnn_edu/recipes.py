@@ -1,6 +1,6 @@
 """What the paper's experiments are made of: its schedules, sizes and models, and the same in small for drawn shapes.
 
-Chapter 16 (what the paper measured). Paper: Sections 3.1 and 5, Appendices A and B.
+Chapter 17 (the ablations). Paper: Sections 3.1 and 5, Appendices A and B.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Run the paper's experiments: train a row, measure it, and leave one file of numbers per seed.
 
-Chapter 16 (what the paper measured). Paper: Tables 1 to 9. The command is ``mrcnn-edu reproduce``.
+Chapter 17 (the ablations). Paper: Tables 1 to 9. The command is ``mrcnn-edu reproduce``.
 
 Rows that are trained alike are trained once. Everything can be stopped and goes on where it was.
 """

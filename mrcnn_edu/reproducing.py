@@ -1,6 +1,6 @@
 """What ``mrcnn-edu reproduce`` does: list the paper's experiments, say what they cost, run them, show what came out.
 
-Chapter 16 (what the paper measured).
+Chapter 17 (the ablations).
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Cityscapes' ``gtFine`` files as a data set of (image, target) pairs: the eight classes that have instances.
 
-Chapter 16 (what the paper measured) and Chapter 18 (real data). Paper: Section 4.5 and Appendix A. Format:
-github.com/mcordts/cityscapesScripts.
+Chapter 18 (real data). Paper: Section 4.5 and Appendix A. Format: github.com/mcordts/cityscapesScripts.
 
 Beside each picture lies a 16-bit PNG of its size whose pixels say what they belong to: ``1000 id + n`` is the n-th
 instance of class ``id``; the ``id`` alone is a region without instances, such as road, or a group not told apart.

@@ -1,6 +1,6 @@
 """Average precision as Cityscapes defines it: masks only, with rules of its own for groups, small and void regions.
 
-Chapter 16 (what the paper measured). Paper: Section 4.5. Source: "Instance-Level Semantic Labeling" at
+Chapter 18 (real data). Paper: Section 4.5. Source: "Instance-Level Semantic Labeling" at
 cityscapes-dataset.com and its evaluation script.
 
 It differs from COCO's in four ways. Recall and precision are those of all thresholds on the score, joined by straight

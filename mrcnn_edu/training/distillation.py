@@ -1,7 +1,6 @@
 """Data distillation: a model's own answers on images nobody has labelled, as more training data.
 
-Chapter 14 (keypoints), Chapter 16 (what the paper measured) and Chapter 21 (bells and whistles). Paper: Appendix B,
-after [35].
+Chapter 14 (keypoints) and Chapter 21 (bells and whistles). Paper: Appendix B, after [35].
 
 A model trained on labelled images looks at unlabelled ones under test-time augmentation. Its best detections, as many
 per image as people have labelled, are written as a COCO file; a model is then trained on both.

@@ -1,6 +1,6 @@
 """Training procedures as data: a tuple of stages, each of them one call of the one loop.
 
-Chapter 13 (training) and Chapter 16 (what the paper measured). Paper: Section 3.1 (``STAGEWISE``, its default),
+Chapter 13 (training) and Chapter 16 (training in stages). Paper: Section 3.1 (``STAGEWISE``, its default),
 Section 4.4 after [36] (``FOUR_STEP``) and Appendix B after [37] (``END_TO_END``).
 
 A model has three parts, "backbone", "rpn" and "heads" (everything else). A stage trains some of them and leaves the
