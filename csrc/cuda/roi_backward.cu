@@ -156,6 +156,7 @@ void roi_backward(
     for (int level = 0; level < problem.levels; ++level) {
       const Map& map = problem.maps[level];
       const int64_t cells = problem.images * map.height * map.width;
+      if (cells == 0) continue;  // a launch of no blocks is an error
       const dim3 blocks(static_cast<unsigned>(cells < (1 << 30) ? cells : (1 << 30)),
                         static_cast<unsigned>((problem.channels + kThreads - 1) / kThreads));
       cells_to_bins<T, A><<<blocks, kThreads, 0, stream>>>(problem, level, g, winners, bad_row);
