@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -161,10 +162,11 @@ class WeightAverage:
     def update(self, model: nn.Module) -> None:
         """Let the weights of ``model`` enter; statistics of batch norms are averaged alike, counters are copied."""
         share = max(1 - self.decay, 10 / (10 + self.updates))
-        pairs = [*zip(self.model.parameters(), model.parameters()), *zip(self.model.buffers(), model.buffers())]
-        for average, new in pairs:
-            if average.is_floating_point():
-                average.lerp_(new, share)
-            else:
+        averages = [*self.model.parameters(), *self.model.buffers()]
+        newest = [*model.parameters(), *model.buffers()]
+        moving = [a.is_floating_point() for a in averages]
+        torch._foreach_lerp_([*compress(averages, moving)], [*compress(newest, moving)], share)  # one call for all
+        for average, new, moves in zip(averages, newest, moving):
+            if not moves:
                 average.copy_(new)
         self.updates += 1
