@@ -5,6 +5,8 @@ Chapter 13 (training). Paper: Section 3.1, "RPN is trained separately and does n
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor, nn
 
 from mrcnn_edu.config import ModelConfig
@@ -24,6 +26,10 @@ class Unshared(nn.Module):
 
     def forward(self, batch: ImageBatch, boxes_only: bool = False) -> list[Detections]:
         return self.detector(batch, proposals=look(self.proposer, batch)[1], boxes_only=boxes_only)
+
+    def optimize(self, precision: Literal["fp32", "bf16"] = "fp32") -> Unshared:
+        """Both networks made ready for inference alone, see ``MaskRCNN.optimize``."""
+        return Unshared(self.proposer.optimize(precision), self.detector.optimize(precision)).eval()
 
     @property
     def config(self) -> ModelConfig:
