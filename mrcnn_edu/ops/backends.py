@@ -1,6 +1,6 @@
 """Which implementation of the ops runs: the compiled one where it was built, else the vectorized one.
 
-Chapter 9 (the same in C++ and CUDA) and Chapter 20 (what each form is worth).
+Chapter 9 (the same in C++ and CUDA).
 """
 
 from __future__ import annotations
