@@ -119,6 +119,7 @@ class Evaluate:
     scales: tuple[int, ...] = ()  # px; combine what is found at several shorter sides, 400 500 ... 1200 in the paper
     mirror: Flag = False  # combine it with what is found in the mirror image
     vote: float | None = None  # IoU of box voting among all that is combined, 0.9 in Detectron; None: no voting
+    optimize: Literal["fp32", "bf16"] | None = None  # the same detections in less time; bf16 rounds them a little
     strict: bool = True  # refuse an inconsistent annotation file; --no-strict drops the faulty parts and reports them
     device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
 
@@ -144,6 +145,7 @@ class Predict:
     scales: tuple[int, ...] = ()  # px; combine what is found at several shorter sides, 400 500 ... 1200 in the paper
     mirror: Flag = False  # combine it with what is found in the mirror image
     vote: float | None = None  # IoU of box voting among all that is combined, 0.9 in Detectron; None: no voting
+    optimize: Literal["fp32", "bf16"] | None = None  # the same detections in less time; bf16 rounds them a little
     device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
 
 

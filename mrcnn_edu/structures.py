@@ -57,6 +57,8 @@ class Rows:
             raise TypeError(
                 f"index rows with a slice, a list or a tensor, got the integer {rows}; use [{rows}:{rows + 1}]"
             )
+        if isinstance(rows, Tensor) and rows.dtype == torch.bool and rows.shape == (len(self),):
+            rows = rows.nonzero()[:, 0]  # once and not for every field: the host waits for a GPU to count them
         return self._map(lambda value: value[rows])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:

@@ -290,6 +290,15 @@ def test_evaluate_measures_what_train_measured(capsys, folder, trained, tmp_path
             truth.loadRes(results)
 
 
+def test_evaluate_finds_the_same_with_an_optimised_model(capsys, folder, trained, tmp_path):
+    found = {}
+    for name, options in (("plain", []), ("fast", ["--optimize", "fp32"])):
+        out = tmp_path / name
+        assert run(capsys, "evaluate", folder, "--weights", trained, "--out", out, *options)[0] == 0
+        found[name] = sorted(result["score"] for result in json.loads((out / "results-bbox.json").read_text()))
+    assert len(found["plain"]) > 0 and found["fast"] == pytest.approx(found["plain"], abs=1e-3)
+
+
 def test_evaluate_refuses_other_categories(capsys, folder, trained, tmp_path):
     data = json.loads((folder / "val.json").read_text())
     data["categories"][0]["name"] = "disc"

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mrcnn_edu.config import BackboneConfig, BoxHeadConfig, KeypointHeadConfig, MaskHeadConfig, ModelConfig, RPNConfig
+from mrcnn_edu.models import roi_features
 from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
 from mrcnn_edu.models.resnet import group_norm
 from mrcnn_edu.models.roi_features import assign_levels
@@ -226,3 +228,68 @@ def test_a_step_downhill_lowers_the_loss(model):
         optimiser.step()
         totals.append(total.item())
     assert totals[-1] < totals[0]
+
+
+# The same losses, however they are computed ---------------------------------------------------------------------------
+
+
+def test_the_losses_do_not_depend_on_the_memory_layout(model):
+    """channels_last is what ``train`` chooses; the gradient reaches every weight alike."""
+    pixels = batch((96, 96), (96, 96))
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        one = build_model(SMALL).to(memory_format=layout)
+        one.load_state_dict(model.state_dict())
+        torch.manual_seed(4)
+        losses = one(replace(pixels, pixels=pixels.pixels.contiguous(memory_format=layout)), [target(), target()])
+        sum(losses.values()).backward()
+        found.append((losses, dict(one.named_parameters())))
+    (losses, weights), (other_losses, other_weights) = found
+    for name, loss in losses.items():
+        torch.testing.assert_close(other_losses[name], loss, msg=name, rtol=1e-4, atol=1e-5)
+    for name, weight in weights.items():
+        rest = (other_weights[name].grad - weight.grad).abs().max()
+        assert rest <= 1e-3 * weight.grad.abs().max() + 1e-6, name
+
+
+def test_under_autocast_maps_are_rounded_and_boxes_are_not(model, monkeypatch):
+    """The losses stay where they were to bfloat16's three digits, on the same samples."""
+    seen, pool = [], roi_features.pool_levels
+    given = [Proposals(torch.tensor([[10.0, 20.0, 60.0, 70.0], [30.3, 5.1, 90.7, 60.2]]), torch.ones(2))]
+
+    def watched(layer, maps, rois, *rest, **options):
+        seen.append((maps[0].dtype, rois.dtype))
+        return pool(layer, maps, rois, *rest, **options)
+
+    monkeypatch.setattr(roi_features, "pool_levels", watched)
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(model.eval()(batch((96, 96)), [target()], given))
+    plain, rounded = found
+    assert set(seen[:3]) == {(torch.float32, torch.float32)} and set(seen[3:]) == {(torch.bfloat16, torch.float32)}
+    assert len(seen) == 6  # for each of three heads all levels at once
+    for name, loss in plain.items():
+        torch.testing.assert_close(rounded[name].float(), loss, msg=name, rtol=0.05, atol=0.02)
+
+
+def test_how_often_a_gpu_would_have_to_answer(model):
+    """Per image of a training step: no look at values that another look has already paid for."""
+
+    class Looks(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            masks = func.overloadpacket is torch.ops.aten.index and any(
+                index is not None and index.dtype == torch.bool for index in args[1]
+            )
+            self.count += masks or func.overloadpacket in (torch.ops.aten.nonzero, torch.ops.aten._local_scalar_dense)
+            return func(*args, **(kwargs or {}))
+
+    found = []
+    for images in (1, 2):
+        with Looks() as looks, torch.no_grad():
+            model(batch(*[(96, 96)] * images), [target()] * images)
+        found.append(looks.count)
+    assert found[1] - found[0] <= 18

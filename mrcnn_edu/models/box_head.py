@@ -77,7 +77,7 @@ def label_rois(
     matched, status = match(box_ops.iou(target.boxes, boxes), positive_iou, positive_iou)
     status = ignore_crowd(status, boxes, crowd, crowd_overlap)
     labels = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
-    positives = status == POSITIVE
+    positives = (status == POSITIVE).nonzero()[:, 0]
     labels[positives] = target.labels[matched[positives]]
     return Samples(boxes, labels, matched), status
 
@@ -128,7 +128,7 @@ def hardest_rois(
     weights, beta, plus_one  of the box loss
     """
     wanted = torch.zeros_like(candidates.boxes)
-    positives = candidates.labels > 0
+    positives = (candidates.labels > 0).nonzero()[:, 0]
     truth = target.boxes[candidates.matched[positives]]
     wanted[positives] = box_ops.encode(truth, candidates.boxes[positives], weights, plus_one)
     losses = roi_losses(class_logits.float(), deltas.float(), candidates.labels, wanted, beta)
@@ -183,7 +183,7 @@ def detect_boxes(
 
     Raises FloatingPointError for logits or deltas that are not finite: NaN would pass for "nothing found".
     """
-    if not (class_logits.isfinite().all() and deltas.isfinite().all()):
+    if not (class_logits.isfinite().all() & deltas.isfinite().all()):
         raise FloatingPointError("the box head gave logits or deltas that are not finite: look for NaN in the weights")
     scores = F.softmax(class_logits.float(), dim=-1)[:, 1:]  # [R, K]
     boxes = box_ops.decode(deltas, proposals[:, None], weights, plus_one)  # [R, K, 4]

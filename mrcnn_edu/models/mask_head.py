@@ -54,7 +54,7 @@ class MaskHead(nn.Module):
         nn.init.zeros_(self.mask_logits.bias)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        hidden = F.relu(self.deconv(self.convs(pooled)))  # [R, 256, M, M]
+        hidden = F.relu(self.deconv(self.convs(pooled)), inplace=True)  # [R, 256, M, M]
         return self.mask_logits(hidden)
 
 
@@ -113,7 +113,7 @@ def conv_stack(channels: int, widths: tuple[int, ...], norm: Norm | None) -> nn.
         nn.init.kaiming_normal_(layers[-1].weight, mode="fan_out", nonlinearity="relu")
         if norm is None:
             nn.init.zeros_(layers[-1].bias)
-        layers += [norm(width), nn.ReLU()] if norm is not None else [nn.ReLU()]
+        layers += [norm(width), nn.ReLU(inplace=True)] if norm is not None else [nn.ReLU(inplace=True)]
         channels = width
     return nn.Sequential(*layers)
 

@@ -3,7 +3,8 @@
 Chapter 3 (backbones). Paper: Section 3, Network Architecture, with ResNet [19] and ResNeXt [45].
 
 A stage ``c_k`` has stride ``2^k``: it sees the image ``2^k`` times smaller. Modules are named by stage, so that
-``resnet.c4[0].conv2`` is where a reader of the paper expects it.
+``resnet.c4[0].conv2`` is where a reader of the paper expects it. What only a sum or a ReLU would read again is changed
+in place: for large maps new memory costs more than the arithmetic.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class FrozenBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
-        return x * scale[:, None, None].to(x.dtype) + shift[:, None, None].to(x.dtype)
+        return (x * scale[:, None, None].to(x.dtype)).add_(shift[:, None, None].to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, eps={self.eps}"
@@ -84,9 +85,9 @@ class BasicBlock(nn.Module):
         self.shortcut = shortcut(inputs, width, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)))
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
         y = self.norm2(self.conv2(y))
-        return F.relu(y + self.shortcut(x))
+        return F.relu(y + self.shortcut(x), inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -115,10 +116,10 @@ class Bottleneck(nn.Module):
         self.shortcut = shortcut(inputs, outputs, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)))
-        y = F.relu(self.norm2(self.conv2(y)))
+        y = F.relu(self.norm1(self.conv1(x)), inplace=True)
+        y = F.relu(self.norm2(self.conv2(y)), inplace=True)
         y = self.norm3(self.conv3(y))
-        return F.relu(y + self.shortcut(x))
+        return F.relu(y + self.shortcut(x), inplace=True)
 
 
 def shortcut(inputs: int, outputs: int, stride: int, norm: Norm) -> nn.Module:
@@ -194,7 +195,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         if stem == "7x7":
-            self.stem = nn.Sequential(conv(3, width, 7, 2), norm(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1))
+            self.stem = nn.Sequential(conv(3, width, 7, 2), norm(width), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
         else:
             self.stem = nn.Sequential(
                 conv(3, width, 3, 2), norm(width), nn.ReLU(), conv(width, width, 3, 2), norm(width), nn.ReLU()

@@ -76,7 +76,7 @@ class RPN(nn.Module):
         """Guesses for every anchor of every level; ``padded`` is the (height, width) of the batch in pixels."""
         anchors, objectness, deltas = [], [], []
         for level, stride in self.strides.items():
-            hidden = F.relu(self.conv(features[level]))
+            hidden = F.relu(self.conv(features[level]), inplace=True)
             rows, columns = hidden.shape[-2:]
             step = (stride, stride) if self.exact_stride else (padded[0] // rows, padded[1] // columns)
             anchors.append(grid_anchors(self.get_buffer(f"anchors_{level}"), (rows, columns), step))
@@ -105,7 +105,7 @@ def propose(
 
     No gradient flows through the boxes: Section 3.1's stages and Appendix B's approximate joint training both stop it.
     """
-    if not (guess.objectness.isfinite().all() and guess.deltas.isfinite().all()):
+    if not (guess.objectness.isfinite().all() & guess.deltas.isfinite().all()):
         raise FloatingPointError("the RPN's outputs are not finite: look for NaN in the weights, or a rate too high")
     level = torch.repeat_interleave(torch.tensor(guess.counts)).to(guess.objectness.device)  # [N]
     offset, kept = 0, []
@@ -119,7 +119,7 @@ def propose(
     proposals = []
     for boxes, score, group, size in zip(candidates, scores, level[rows], sizes):
         boxes = box_ops.clip(boxes, size).float()
-        wide = box_ops.wide_enough(boxes, min_size) & (box_ops.area(boxes) > 0)
+        wide = (box_ops.wide_enough(boxes, min_size) & (box_ops.area(boxes) > 0)).nonzero()[:, 0]
         boxes, score, group = boxes[wide], score[wide], group[wide]
         best = batched_nms(boxes, score, group, nms_threshold, max_keep=post_nms)
         proposals.append(Proposals(boxes[best], score[best]))

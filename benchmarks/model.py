@@ -1,0 +1,198 @@
+"""The whole model beside torchvision's: one process, taking turns, equal results, medians of ratios.
+
+    python benchmarks/model.py                      two threads, both allocator settings, some eight minutes
+    python benchmarks/model.py --only inference --rounds 7
+
+Mask R-CNN with ResNet-50-FPN, the twins of twins.py: equal weights, equal results before anything is timed. Inference
+is from an image to its 100 masks in the image, as probabilities; a training step is forward, losses, backward and SGD
+with the stem and c2 frozen. "plain" is our model as it is built; "optimised" is ``model.optimize()``, and for training
+the memory layout that ``train`` chooses. The allocator settings are those of ops.py.
+
+bfloat16 is measured where the processor has instructions for it, and a GPU where there is one. Run it on an idle
+machine. Written to benchmarks/results/, for programs and for readers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from machine import conditions, described, in_words, seconds, write
+from ops import keep_heap
+from twins import Sides, Task, has_bf16, inference, training
+
+from mrcnn_edu import ops
+
+SETTINGS = ("default", "keep heap")
+SECTIONS = ("inference", "training", "inference memory", "training memory", "growth")
+BARS = {  # times as fast as torchvision, at least
+    ("inference", "default"): 1.9, ("inference", "keep heap"): 1.35, ("inference", "cuda"): 2.0,
+    ("inference, bf16", "default"): 4.0, ("inference, bf16", "keep heap"): 2.5, ("inference, bf16", "cuda"): 2.0,
+    ("training", "default"): 1.35, ("training", "keep heap"): 1.35, ("training", "cuda"): 2.0,
+    ("training, bf16", "default"): 2.5, ("training, bf16", "keep heap"): 2.5, ("training, bf16", "cuda"): 2.0,
+}  # fmt: skip
+SMALL = Task(384, 544)
+GROWTH = {  # one number at a time, around a small image
+    "image side": [(n, replace(SMALL, height=n * 3 // 4 // 32 * 32, width=n)) for n in (288, 544, 1088, 1600)],
+    "proposals": [(n, replace(SMALL, proposals=n)) for n in (250, 1000, 2000)],
+    "instances": [(n, replace(SMALL, detections=n)) for n in (10, 100, 300)],
+    "batch": [(n, replace(SMALL, images=n)) for n in (1, 2, 4)],
+}
+
+
+TASKS = {
+    "inference": lambda device: inference(Task(device=device)),
+    "training": lambda device: training(Task(512, 512, images=2, device=device)),
+}
+
+
+def measure(what: str, sides: Sides, rounds: int, allocator: str) -> list[dict[str, object]]:
+    """All sides in turn; for each of ours the median of the rounds' ratios, and the median times in milliseconds."""
+
+    def timed(side: Callable[[], object]) -> float:
+        waiting = torch.cuda.synchronize if allocator == "cuda" else lambda: None
+        return seconds(lambda: (side(), waiting()))
+
+    turns = [{name: timed(side) for name, side in sides.items()} for _ in range(rounds + 1)][1:]
+    rows = []
+    for name in list(sides)[1:]:
+        ratios = sorted(turn["torchvision"] / turn[name] for turn in turns)
+        quarter = len(ratios) // 4
+        row = {
+            "name": f"{what}, {name}",
+            "ours_ms": round(statistics.median(turn[name] for turn in turns) * 1e3),
+            "torchvision_ms": round(statistics.median(turn["torchvision"] for turn in turns) * 1e3),
+            "ratio": round(statistics.median(ratios), 2),
+            "middle_half": [round(ratios[quarter], 2), round(ratios[-1 - quarter], 2)],
+            "range": [round(ratios[0], 2), round(ratios[-1], 2)],
+            "allocator": allocator,
+        }
+        bar = BARS.get((what + name.removeprefix("optimised"), allocator))
+        rows.append(row if bar is None else row | {"at_least": bar})
+    return rows
+
+
+def peak(sides: Sides, allocator: str) -> dict[str, float]:
+    """GB that each side needs beside weights and images, at its peak of two runs."""
+    found = {}
+    for name, side in sides.items():
+        if allocator == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            side(), side()
+            found[name] = round((torch.cuda.max_memory_allocated() - before) / 1e9, 2)
+            continue
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
+        before = resident("VmRSS")
+        side(), side()
+        found[name] = round((resident("VmHWM") - before) / 1e9, 2)
+    return found
+
+
+def resident(kind: str) -> float:
+    """Bytes of this process in memory: now (VmRSS) or at the most (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(kind)) * 1024
+
+
+def run(section: str, allocator: str, rounds: int) -> list[dict[str, object]]:
+    """One section of the report, in this process."""
+    device = "cuda" if allocator == "cuda" else "cpu"
+    if allocator == "keep heap":
+        keep_heap()
+    if section == "growth":
+        rows = []
+        for what, tasks in GROWTH.items():
+            for number, task in tasks:
+                sides = inference(replace(task, device=device))
+                sides.pop("plain")
+                rows += [row | {"what": what, "value": number} for row in measure("inference", sides, 1, allocator)]
+        return rows
+    sides = TASKS[section.removesuffix(" memory")](device)
+    if section.endswith("memory"):
+        return [{"name": section, "allocator": allocator, "gb": peak(sides, allocator)}]
+    return measure(section, sides, rounds, allocator)
+
+
+def in_a_process(allocator: str, section: str, rounds: int, threads: int) -> list[dict[str, object]]:
+    """The same in a process of its own: allocator settings cannot be taken back, and the heap remembers."""
+    print(f"{allocator}: {section} ...", file=sys.stderr, flush=True)
+    options = ["--allocator", allocator, "--only", section, "--rounds", str(rounds), "--threads", str(threads)]
+    command = [sys.executable, __file__, *options, "--print-json"]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+def page(report: dict) -> str:
+    """The report as a Markdown page."""
+    lines = [f"# The whole model beside torchvision's: {report['processor']}, {report['threads']} threads", ""]
+    lines += [f"{in_words(report)}; {report['rounds']} rounds. Load {report['before']['load']} before and "
+              f"{report['after']['load']} after. Written by benchmarks/model.py, which says what is compared. "
+              f"{report['left_out']}"]  # fmt: skip
+    lines += ["", "| what | allocator | ours, ms | torchvision, ms | ratio | middle half | range | at least |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for row in report["results"]:
+        spreads = (f"{low} - {high}" for low, high in (row["middle_half"], row["range"]))
+        cells = (row["name"], row["allocator"], row["ours_ms"], row["torchvision_ms"], f"{row['ratio']}x", *spreads)
+        least = row.get("at_least")
+        judged = "" if least is None else f"{least}x" if row["ratio"] >= least else f"{least}x: **no**"
+        lines.append("| " + " | ".join(map(str, (*cells, judged))) + " |")
+    if report["memory"]:
+        names = list(report["memory"][0]["gb"])
+        lines += ["", "Peak memory beside weights and images, GB:", "", f"| what | {' | '.join(names)} |"]
+        lines += ["|---" * (len(names) + 1) + "|"]
+        lines += [f"| {row['name']} | {' | '.join(map(str, row['gb'].values()))} |" for row in report["memory"]]
+    if report["growth"]:
+        lines += ["", f"Inference as one number grows; else {SMALL.height} x {SMALL.width}, {SMALL.images} image, "
+                  f"{SMALL.proposals} proposals, {SMALL.detections} detections; one round:", ""]  # fmt: skip
+        lines += ["| what grows | to | ours, ms | torchvision, ms | ratio |", "|---|---|---|---|---|"]
+        for row in report["growth"]:
+            name = f"{row['what']} ({row['name'].removeprefix('inference, ')})"
+            cells = (name, row["value"], row["ours_ms"], row["torchvision_ms"], f"{row['ratio']}x")
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--allocator", choices=[*SETTINGS, "cuda", "all"], default="all")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=["", *SECTIONS], default="")
+    parser.add_argument("--out", type=Path, help="where to write, without suffix; default: named after the processor")
+    parser.add_argument("--print-json", action="store_true", help=argparse.SUPPRESS)  # what in_a_process asks for
+    args = parser.parse_args()
+    if not ops.backend().startswith("compiled"):
+        sys.exit(f"nothing to compare: {ops.backend()}")
+    torch.set_num_threads(args.threads)
+    if args.print_json:
+        print(json.dumps(run(args.only, args.allocator, args.rounds)))
+        return
+    every = [*SETTINGS, "cuda"] if torch.cuda.is_available() else [*SETTINGS]
+    allocators = every if args.allocator == "all" else [args.allocator]
+    once = [name for name in allocators if name != "keep heap"]  # memory and growth: as users run it
+    before, found = conditions(), {}
+    for section in [args.only] if args.only else SECTIONS:
+        chosen = allocators if section in TASKS else once
+        found[section] = [row for a in chosen for row in in_a_process(a, section, args.rounds, args.threads)]
+    report = described() | {
+        "threads": args.threads,
+        "rounds": args.rounds,
+        "before": before,
+        "after": conditions(),
+        "left_out": "" if has_bf16("cpu") else "No bfloat16 on this processor: it has no instructions for it.",
+        "results": [row for section in TASKS for row in found.get(section, [])],
+        "memory": [row for section in TASKS for row in found.get(f"{section} memory", [])],
+        "growth": found.get("growth", []),
+    }
+    write(f"model {report['processor']} {args.threads} threads", report, page(report), args.out)
+
+
+if __name__ == "__main__":
+    main()
