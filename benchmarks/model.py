@@ -9,7 +9,8 @@ with the stem and c2 frozen. "plain" is our model as it is built; "optimised" is
 the memory layout that ``train`` chooses. The allocator settings are those of ops.py.
 
 bfloat16 is measured where the processor has instructions for it, and a GPU where there is one. Run it on an idle
-machine. Written to benchmarks/results/, for programs and for readers.
+machine; on a busy one ``--clock processor --threads 1`` counts the processor's seconds, which others change less.
+Written to benchmarks/results/, for programs and for readers.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from machine import conditions, described, in_words, seconds, write
+from machine import conditions, described, in_words, write
 from ops import keep_heap
 from twins import Sides, Task, has_bf16, inference, training
 
@@ -38,6 +40,7 @@ BARS = {  # times as fast as torchvision, at least
     ("training", "default"): 1.35, ("training", "keep heap"): 1.35, ("training", "cuda"): 2.0,
     ("training, bf16", "default"): 2.5, ("training, bf16", "keep heap"): 2.5, ("training, bf16", "cuda"): 2.0,
 }  # fmt: skip
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 SMALL = Task(384, 544)
 GROWTH = {  # one number at a time, around a small image
     "image side": [(n, replace(SMALL, height=n * 3 // 4 // 32 * 32, width=n)) for n in (288, 544, 1088, 1600)],
@@ -53,12 +56,15 @@ TASKS = {
 }
 
 
-def measure(what: str, sides: Sides, rounds: int, allocator: str) -> list[dict[str, object]]:
+def measure(what: str, sides: Sides, rounds: int, allocator: str, clock: str) -> list[dict[str, object]]:
     """All sides in turn; for each of ours the median of the rounds' ratios, and the median times in milliseconds."""
 
     def timed(side: Callable[[], object]) -> float:
-        waiting = torch.cuda.synchronize if allocator == "cuda" else lambda: None
-        return seconds(lambda: (side(), waiting()))
+        began = CLOCKS[clock]()
+        side()
+        if allocator == "cuda":
+            torch.cuda.synchronize()
+        return CLOCKS[clock]() - began
 
     turns = [{name: timed(side) for name, side in sides.items()} for _ in range(rounds + 1)][1:]
     rows = []
@@ -102,7 +108,7 @@ def resident(kind: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(kind)) * 1024
 
 
-def run(section: str, allocator: str, rounds: int) -> list[dict[str, object]]:
+def run(section: str, allocator: str, rounds: int, clock: str) -> list[dict[str, object]]:
     """One section of the report, in this process."""
     device = "cuda" if allocator == "cuda" else "cpu"
     if allocator == "keep heap":
@@ -113,18 +119,20 @@ def run(section: str, allocator: str, rounds: int) -> list[dict[str, object]]:
             for number, task in tasks:
                 sides = inference(replace(task, device=device))
                 sides.pop("plain")
-                rows += [row | {"what": what, "value": number} for row in measure("inference", sides, 1, allocator)]
+                found = measure("inference", sides, 1, allocator, clock)
+                rows += [row | {"what": what, "value": number} for row in found]
         return rows
     sides = TASKS[section.removesuffix(" memory")](device)
     if section.endswith("memory"):
         return [{"name": section, "allocator": allocator, "gb": peak(sides, allocator)}]
-    return measure(section, sides, rounds, allocator)
+    return measure(section, sides, rounds, allocator, clock)
 
 
-def in_a_process(allocator: str, section: str, rounds: int, threads: int) -> list[dict[str, object]]:
+def in_a_process(allocator: str, section: str, args: argparse.Namespace) -> list[dict[str, object]]:
     """The same in a process of its own: allocator settings cannot be taken back, and the heap remembers."""
     print(f"{allocator}: {section} ...", file=sys.stderr, flush=True)
-    options = ["--allocator", allocator, "--only", section, "--rounds", str(rounds), "--threads", str(threads)]
+    options = ["--allocator", allocator, "--only", section, "--clock", args.clock]
+    options += ["--rounds", str(args.rounds), "--threads", str(args.threads)]
     command = [sys.executable, __file__, *options, "--print-json"]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
@@ -132,7 +140,8 @@ def in_a_process(allocator: str, section: str, rounds: int, threads: int) -> lis
 def page(report: dict) -> str:
     """The report as a Markdown page."""
     lines = [f"# The whole model beside torchvision's: {report['processor']}, {report['threads']} threads", ""]
-    lines += [f"{in_words(report)}; {report['rounds']} rounds. Load {report['before']['load']} before and "
+    lines += [f"{in_words(report)}; {report['rounds']} rounds, seconds of the "
+              f"{report['clock']} clock. Load {report['before']['load']} before and "
               f"{report['after']['load']} after. Written by benchmarks/model.py, which says what is compared. "
               f"{report['left_out']}"]  # fmt: skip
     lines += ["", "| what | allocator | ours, ms | torchvision, ms | ratio | middle half | range | at least |"]
@@ -164,6 +173,7 @@ def main() -> None:
     parser.add_argument("--allocator", choices=[*SETTINGS, "cuda", "all"], default="all")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--only", choices=["", *SECTIONS], default="")
     parser.add_argument("--out", type=Path, help="where to write, without suffix; default: named after the processor")
     parser.add_argument("--print-json", action="store_true", help=argparse.SUPPRESS)  # what in_a_process asks for
@@ -172,7 +182,7 @@ def main() -> None:
         sys.exit(f"nothing to compare: {ops.backend()}")
     torch.set_num_threads(args.threads)
     if args.print_json:
-        print(json.dumps(run(args.only, args.allocator, args.rounds)))
+        print(json.dumps(run(args.only, args.allocator, args.rounds, args.clock)))
         return
     every = [*SETTINGS, "cuda"] if torch.cuda.is_available() else [*SETTINGS]
     allocators = every if args.allocator == "all" else [args.allocator]
@@ -180,10 +190,11 @@ def main() -> None:
     before, found = conditions(), {}
     for section in [args.only] if args.only else SECTIONS:
         chosen = allocators if section in TASKS else once
-        found[section] = [row for a in chosen for row in in_a_process(a, section, args.rounds, args.threads)]
+        found[section] = [row for a in chosen for row in in_a_process(a, section, args)]
     report = described() | {
         "threads": args.threads,
         "rounds": args.rounds,
+        "clock": args.clock,
         "before": before,
         "after": conditions(),
         "left_out": "" if has_bf16("cpu") else "No bfloat16 on this processor: it has no instructions for it.",
