@@ -89,7 +89,7 @@ def test_long_runs_survive():
         ({"size": [8, 8], "counts": [True, 63]}, "whole numbers"),
         ({"size": [8, 8], "counts": [70, -6]}, "between 0"),
         ({"size": [8, 8], "counts": [2**70]}, "between 0"),
-        ({"size": [8, 8], "counts": [40] * 2}, "more than height x width = 64"),
+        ({"size": [8, 8], "counts": [40] * 2}, "cover 80 pixels of 8 x 8 = 64"),
         ({"size": [8, 8], "counts": [0] * 66}, "at most 65 runs, got 66"),
         ({"size": [8, 8], "counts": "0" * 145}, "of 145 characters cannot be"),
         ({"size": [8, 8], "counts": "\ud800"}, "characters from"),
