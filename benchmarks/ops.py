@@ -16,31 +16,26 @@ tells how much of the memory's speed was there. Written to benchmarks/results/, 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
 import json
 import math
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import torch
 import torchvision
+from machine import conditions, copy_rate, described, seconds, write
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from mrcnn_edu import ops
 from mrcnn_edu.ops import vectorized
 
-RESULTS = Path(__file__).parent / "results"
 SETTINGS = ("default", "keep heap", "huge pages")
 SECTIONS = ("align", "nms", "paste")
 
@@ -56,12 +51,6 @@ class Case:
     aim: float
     floor: float | None = None  # seconds that moving the bytes alone would take
     times: int = 1  # short ones are measured this many times as often
-
-
-def seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def some_rois(count: int) -> Tensor:
@@ -123,14 +112,6 @@ def forward_and_backward(features, rois, size, layer, memory_format) -> Callable
         layer(leaf, rois, size).backward(gradient)
 
     return run
-
-
-def copy_rate() -> float:
-    """Bytes per second that a plain copy moves, reading and writing counted."""
-    source = torch.randn(1 << 25)
-    target = torch.empty_like(source)
-    best = min(seconds(lambda: target.copy_(source)) for _ in range(10))
-    return 2 * source.numel() * source.element_size() / best
 
 
 def bytes_moved(features: Tensor, rois: Tensor, size: int) -> float:
@@ -236,16 +217,6 @@ def in_a_process(allocator: str, section: str, rounds: int, threads: int) -> lis
     return json.loads(done.stdout)
 
 
-def processor() -> str:
-    """Its name, its vector instructions as PyTorch sees them and, on Linux, family, model and stepping."""
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, KeyError):
-        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
-        found = {key.strip(): value.strip() for key, _, value in lines}
-        name = f"{found['model name']} {found['cpu family']}-{found['model']}-{found['stepping']}"
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
-
-
 def table(report: dict) -> str:
     """The report as a Markdown page."""
     head = (
@@ -270,10 +241,6 @@ def table(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def conditions() -> dict[str, float]:
-    return {"load": round(os.getloadavg()[0], 2), "copy_gb_per_s": round(copy_rate() / 1e9, 1)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--allocator", choices=[*SETTINGS, "all"], default="all")
@@ -294,26 +261,9 @@ def main() -> None:
         for section in [args.only] if args.only else SECTIONS:
             print(f"{allocator}: {section} ...", file=sys.stderr, flush=True)
             results += in_a_process(allocator, section, args.rounds, args.threads)
-    report = {
-        "date": date.today().isoformat(),
-        "processor": processor(),
-        "cores": os.cpu_count(),
-        "threads": args.threads,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "python": platform.python_version(),
-        "rounds": args.rounds,
-        "before": before,
-        "after": conditions(),
-        "results": results,
-    }
-    name = "-".join(re.findall(r"[a-z0-9]+", f"ops {report['processor']} {args.threads} threads".lower()))
-    out = args.out or RESULTS / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    out.with_suffix(".md").write_text(table(report))
-    print(table(report))
-    print(f"Written to {out}.json and .md")
+    ran = {"threads": args.threads, "rounds": args.rounds, "before": before, "after": conditions(), "results": results}
+    report = described() | ran
+    write(f"ops {report['processor']} {args.threads} threads", report, table(report), args.out)
 
 
 if __name__ == "__main__":

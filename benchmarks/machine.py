@@ -1,0 +1,88 @@
+"""What a measurement was made on, and where it is written; by itself it prints the machine.
+
+python benchmarks/machine.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+import torch
+import torchvision
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def seconds(function: Callable[[], object]) -> float:
+    """How long a call takes."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def copy_rate() -> float:
+    """Bytes per second that a plain copy moves, reading and writing counted."""
+    source = torch.randn(1 << 25)
+    target = torch.empty_like(source)
+    best = min(seconds(lambda: target.copy_(source)) for _ in range(10))
+    return 2 * source.numel() * source.element_size() / best
+
+
+def processor() -> str:
+    """Its name, its vector instructions as PyTorch sees them and, on Linux, family, model and stepping."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, KeyError):
+        lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+        found = {key.strip(): value.strip() for key, _, value in lines}
+        name = f"{found['model name']} {found['cpu family']}-{found['model']}-{found['stepping']}"
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def conditions() -> dict[str, float]:
+    """Others' load and the rate of a plain copy, which tell how much of the machine was there."""
+    return {"load": round(os.getloadavg()[0], 2), "copy_gb_per_s": round(copy_rate() / 1e9, 1)}
+
+
+def described() -> dict[str, object]:
+    """Date, processor and versions, as every report begins."""
+    return {
+        "date": date.today().isoformat(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def in_words(report: dict) -> str:
+    """The same as a sentence."""
+    return "{date}; {processor}, {cores} cores; torch {torch}, torchvision {torchvision}, Python {python}".format(
+        **report
+    )
+
+
+def write(name: str, report: dict, page: str, out: Path | None = None) -> None:
+    """Leave a report in ``results`` for programs (JSON) and readers (Markdown), and show it.
+
+    name  of both files, as words
+    out   where to write instead, without suffix
+    """
+    path = out or RESULTS / "-".join(re.findall(r"[a-z0-9]+", name.lower()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".md").write_text(page)
+    print(page)
+    print(f"Written to {path}.json and .md")
+
+
+if __name__ == "__main__":
+    print(in_words(described()))
