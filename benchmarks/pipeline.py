@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from machine import described, in_words, write
 from PIL import Image
 from pycocotools.coco import COCO
 from torchvision import tv_tensors
@@ -110,6 +111,7 @@ def ours(folder: Path) -> Callable[[], None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--out", type=Path, help="where to write, without suffix; default: benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -123,11 +125,29 @@ def main() -> None:
                 epoch()
                 if number:  # the first one warms up
                     seconds[side].append((time.process_time() - began) / IMAGES)
-    for side, values in seconds.items():
-        median = statistics.median(values)
-        print(f"{side:12} {1000 * median:6.1f} ms per image, {1 / median:5.1f} images/s and core")
     ratios = [a / b for a, b in zip(seconds["torchvision"], seconds["mrcnn_edu"])]
-    print(f"ratio        {statistics.median(ratios):6.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
+    report = described() | {
+        "images": IMAGES,
+        "rounds": options.rounds,
+        "ms_per_image": {side: round(1000 * statistics.median(values), 1) for side, values in seconds.items()},
+        "images_per_second": {side: round(1 / statistics.median(values), 1) for side, values in seconds.items()},
+        "ratio": round(statistics.median(ratios), 2),
+        "range": [round(min(ratios), 2), round(max(ratios), 2)],
+    }
+    write(f"pipeline {report['processor']}", report, page(report), options.out)
+
+
+def page(report: dict) -> str:
+    """The report as a Markdown page."""
+    rows = "\n".join(
+        f"| {side} | {report['ms_per_image'][side]} | {rate} |" for side, rate in report["images_per_second"].items()
+    )
+    return (
+        f"# From files to a batch, on one core\n\n{in_words(report)}. Written by benchmarks/pipeline.py, which says "
+        f"what both do.\n\n| | ms per image | images per second |\n|---|---|---|\n{rows}\n\n"
+        f"Ratio {report['ratio']} ({report['range'][0]} to {report['range'][1]} in {report['rounds']} rounds of "
+        f"{report['images']} images; aim: 2).\n"
+    )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from machine import described, in_words, processor, write
 from torch.utils.data import DataLoader, Dataset
 
 from mrcnn_edu.data.coco import CocoDataset
@@ -102,24 +103,45 @@ def growth(data: Dataset, workers: int, stride: int) -> list[float]:
     return [max(found) - found[0] for found in seen.values()]
 
 
+def page(report: dict) -> str:
+    """The report as a Markdown page."""
+    rows = "\n".join(
+        f"| {one['kind']} | {', '.join(f'{mib:.1f}' for mib in one['grown_mib'])} |" for one in report["results"]
+    )
+    return (
+        f"# Memory that the loader's workers copy\n\n{in_words(report)}. Written by benchmarks/worker_memory.py.\n\n"
+        f"{report['images']:,} images with {report['annotations']:,} annotations, a file of {report['megabytes']} MB, "
+        f"read and checked in {report['reading_seconds']} s. MiB by which the private memory of each of "
+        f"{report['workers']} workers grew over one epoch (aim: under 10):\n\n"
+        f"| annotations kept as | MiB per worker |\n|---|---|\n{rows}\n"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=118_287)
     parser.add_argument("--per-image", type=int, default=7)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--stride", type=int, default=1, help="read every so many-th image only")
+    parser.add_argument("--out", type=Path, help="where to write, without suffix; default: benchmarks/results")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "instances.json"
         generate(file, options.images, options.per_image)
         began = time.perf_counter()
         data = CocoDataset(folder, file)
-        print(f"{options.images} images, {len(data.annotations.ids)} annotations, {file.stat().st_size / 1e6:.0f} MB, "
-              f"read and checked in {time.perf_counter() - began:.0f} s")  # fmt: skip
-        for name, dataset in (("flat tensors", Targets(data)), ("lists of dicts", Plain(options.images, 1))):
+        report = described() | {
+            "images": options.images,
+            "annotations": len(data.annotations.ids),
+            "megabytes": round(file.stat().st_size / 1e6),
+            "reading_seconds": round(time.perf_counter() - began),
+            "workers": options.workers,
+            "results": [],
+        }
+        for kind, dataset in (("flat tensors", Targets(data)), ("lists of dicts", Plain(options.images, 1))):
             grown = growth(dataset, options.workers, options.stride)
-            print(f"{name}: private memory of {options.workers} workers grew by "
-                  f"{', '.join(f'{mib:.1f}' for mib in grown)} MiB over one epoch")  # fmt: skip
+            report["results"].append({"kind": kind, "grown_mib": [round(mib, 1) for mib in grown]})
+    write(f"worker memory {processor()}", report, page(report), options.out)
 
 
 if __name__ == "__main__":

@@ -104,7 +104,8 @@ class Evaluate:
     shared among processes: torchrun --standalone --nproc_per_node=8 -m mrcnn_edu evaluate FOLDER ...
 
     Published weights are torchvision:NAME, or torchvision:NAME:FILE where there is no network: maskrcnn_resnet50_fpn,
-    maskrcnn_resnet50_fpn_v2, fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2, keypointrcnn_resnet50_fpn.
+    maskrcnn_resnet50_fpn_v2, fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2, keypointrcnn_resnet50_fpn. Files of
+    the other zoos are detectron2:NAME:FILE and detectron1:NAME:FILE, with NAME a preset such as maskrcnn_resnet50_fpn.
     """
 
     folder: Annotated[Positional[Path], arg(metavar="FOLDER")] = Path("data/shapes")  # laid out as for train

@@ -35,10 +35,13 @@ class Convert:
     """Bring published weights into a file of ours, or weights of ours into one that torchvision's models load.
 
     mrcnn-edu convert torchvision:maskrcnn_resnet50_fpn coco.safetensors
+    mrcnn-edu convert detectron2:maskrcnn_resnet50_fpn:model_final_f10217.pkl coco.safetensors
     mrcnn-edu convert runs/train/weights.safetensors mine.pth
     """
 
-    source: Annotated[Positional[Path], arg(metavar="SOURCE")]  # torchvision:NAME, torchvision:NAME:FILE, or of a run
+    source: Annotated[
+        Positional[Path], arg(metavar="SOURCE")
+    ]  # torchvision:NAME, torchvision:NAME:FILE, detectron2:NAME:FILE, or of a run
     target: Annotated[Positional[Path], arg(metavar="TARGET")]  # .safetensors of ours, or .pth of torchvision's
 
 

@@ -192,7 +192,7 @@ def evaluated_data(
 ) -> tuple[CocoDataset | CityscapesDataset, Tensor | None]:
     """The data set to measure on, and where the model's labels go among its own; None: nowhere else.
 
-    The categories must be those of the weights; for published weights, which know more, be among them.
+    The data's categories must be among those of the weights, by id and name.
     """
     if (options.images is None) != (options.annotations is None):
         raise ValueError("--images and --annotations belong together: give both or neither")
@@ -201,14 +201,9 @@ def evaluated_data(
     else:
         images, annotations = options.images, options.annotations
     dataset = open_dataset(images, annotations, options.strict)
-    if is_published(options.weights):
-        return dataset, label_table(categories, dataset.categories)
-    if dataset.categories.to_json() != categories.to_json():
-        raise ValueError(
-            f"the weights know {categories.names}, {annotations} has {dataset.categories.names}; "
-            "the categories, their ids and their order must be the same"
-        )
-    return dataset, None
+    if dataset.categories.to_json() == categories.to_json():
+        return dataset, None
+    return dataset, label_table(categories, dataset.categories)
 
 
 def placed(model: MaskRCNN | Unshared, options: Evaluate | Predict, device: torch.device) -> MaskRCNN | Unshared:

@@ -13,7 +13,7 @@ import torch
 from mrcnn_edu.cli_tools import Convert, Export
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
 from mrcnn_edu.program import save_program
-from mrcnn_edu.published import is_published, load_published, open_weights, split_source
+from mrcnn_edu.published import is_published, open_published, open_weights
 from mrcnn_edu.training.checkpoint import write_atomically
 from mrcnn_edu.training.export import export_weights, load_model
 from mrcnn_edu.weights import to_torchvision
@@ -25,7 +25,7 @@ def convert(options: Convert) -> None:
     if is_published(source):
         if target.suffix != ".safetensors":
             raise ValueError(f"published weights become a .safetensors file of ours, not {target}")
-        model, categories = load_published(*split_source(source))
+        model, categories = open_published(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         export_weights(model, target, categories)
         print(f"{target}: {model.config.classes} classes, for evaluate and predict --weights {target}")

@@ -21,6 +21,7 @@ MaskTarget = Literal["soft", "binary"]
 # Larger masks are refused before anything is allocated: a size in a file is only a claim.
 MAX_SIDE = 32768  # px
 MAX_AREA = 2**28  # px
+MAX_OUTLINE = 2**18  # px, of all polygons of one mask; once around three times the largest image is less
 
 
 def crop_masks(
@@ -95,7 +96,9 @@ def rle_decode(rle: dict[str, Any]) -> Tensor:
     """
     height, width = rle_size(rle)
     counts = rle_counts(rle)
-    column_major = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+    bits = np.zeros(len(counts), dtype=bool)
+    bits[1::2] = True
+    column_major = np.repeat(bits, counts)
     return torch.from_numpy(np.ascontiguousarray(column_major.reshape(width, height).T))
 
 
@@ -113,21 +116,38 @@ def rle_size(rle: dict[str, Any]) -> Size:
 def rle_counts(rle: dict[str, Any]) -> np.ndarray:
     """The runs ``[n]`` int64 in pixels, starting with the zeros, checked: none negative, together height x width."""
     height, width = rle_size(rle)
-    counts = rle.get("counts")
+    counts, area = rle.get("counts"), height * width
     if isinstance(counts, (str, bytes)):
-        runs = _decompress(counts, height * width)
-    elif isinstance(counts, (list, tuple)) and set(map(type, counts)) <= {int}:
-        try:
-            runs = np.array(counts, dtype=np.int64)
-        except OverflowError:
-            runs = np.array([-1])
-        if len(runs) and not (runs.min() >= 0 and runs.max() <= height * width):
-            raise ValueError(f"runs must lie between 0 and height x width = {height * width}, got {short(counts)}")
+        runs = _decompress(counts, area)
+    elif isinstance(counts, (list, tuple)):
+        runs = _listed(counts, area)
     else:
         raise ValueError(f"'counts' must be a string or a list of whole numbers, got {short(counts)}")
-    if runs.sum() != height * width or (runs < 0).any():
-        raise ValueError(f"the runs cover {runs.sum()} pixels of {height} x {width} = {height * width}")
+    if runs.sum() != area or (runs < 0).any():
+        raise ValueError(f"the runs cover {runs.sum()} pixels of {height} x {width} = {area}")
     return runs
+
+
+def _listed(counts: list[Any] | tuple[Any, ...], area: int) -> np.ndarray:
+    """A list's runs, piece by piece as far as they fit: of millions that do not, no more than shows it is looked at."""
+    if len(counts) > area + 1:
+        raise ValueError(f"a mask of height x width = {area} pixels has at most {area + 1} runs, got {len(counts)}")
+    pieces, covered = [np.zeros(0, dtype=np.int64)], 0
+    for first in range(0, len(counts), 2**16):
+        piece = counts[first : first + 2**16]
+        if not set(map(type, piece)) <= {int}:
+            raise ValueError(f"'counts' must be a string or a list of whole numbers, got {short(counts)}")
+        try:
+            runs = np.array(piece, dtype=np.int64)
+        except OverflowError:
+            runs = np.array([-1])
+        if runs.min() < 0 or runs.max() > area:
+            raise ValueError(f"runs must lie between 0 and height x width = {area}, got {short(counts)}")
+        pieces.append(runs)
+        covered += int(runs.sum())
+        if covered > area:
+            break
+    return np.concatenate(pieces)
 
 
 def compress(counts: np.ndarray) -> str:
@@ -136,27 +156,36 @@ def compress(counts: np.ndarray) -> str:
     values[3:] -= counts[1:-2]
     lengths = np.ones_like(values)
     for place in range(1, 7):
-        limit = 1 << (5 * place - 1)
-        lengths += (values >= limit) | (values < -limit)
-    place = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    codes = (np.repeat(values, lengths) >> (5 * place)) & 31
-    codes |= np.where(place < np.repeat(lengths, lengths) - 1, 32, 0)  # bit 5: more characters follow
-    return (codes + 48).astype(np.uint8).tobytes().decode("ascii")
+        longer = (values >= 1 << (5 * place - 1)) | (values < -1 << (5 * place - 1))
+        if not longer.any():
+            break
+        lengths += longer
+    ends = np.cumsum(lengths)
+    codes = np.empty(ends[-1], dtype=np.uint8)
+    for place in range(lengths.max()):
+        rows = np.flatnonzero(lengths > place)
+        more = (lengths[rows] > place + 1) << 5  # bit 5: more characters follow
+        codes[ends[rows] - lengths[rows] + place] = (values[rows] >> (5 * place) & 31 | more) + 48
+    return codes.tobytes().decode("ascii")
 
 
 def _decompress(text: str | bytes, area: int) -> np.ndarray:
     """The inverse of ``compress``; ValueError for characters outside its alphabet and for runs no mask can have."""
-    data = text.encode("utf-8") if isinstance(text, str) else text
-    codes = np.frombuffer(data, dtype=np.uint8).astype(np.int64) - 48
-    if codes.size == 0 or codes.min() < 0 or codes.max() > 63:
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    if len(data) > 2 * area + 16:  # runs that are not all empty never take so much
+        raise ValueError(f"compressed 'counts' of {len(data)} characters cannot be of height x width = {area} pixels")
+    codes = np.frombuffer(data, dtype=np.uint8) - 48  # below '0' that is more than 63, too
+    if codes.size == 0 or codes.max() > 63:
         raise ValueError(f"compressed 'counts' must be characters from '0' to 'o', got {short(text)}")
-    last = codes & 32 == 0
-    starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
-    place = np.arange(codes.size) - np.repeat(starts, np.diff(np.append(starts, codes.size)))
-    if not last[-1] or place.max() > 6:
+    ends = np.flatnonzero(codes < 32)  # bit 5: more characters follow
+    lengths = np.diff(ends, prepend=-1)
+    if codes[-1] >= 32 or lengths.max() > 7:
         raise ValueError(f"compressed 'counts' end within a number or hold one too long: {short(text)}")
-    values = np.add.reduceat((codes & 31) << (5 * place), starts)
-    values -= np.where(codes[last] & 16, 1 << (5 * (place[last] + 1)), 0)  # bit 4 of the last character: the sign
+    values = -(codes[ends] & 16).astype(np.int64) << (5 * lengths - 4)  # bit 4 of the last character: the sign
+    for place in range(lengths.max()):
+        rows = np.flatnonzero(lengths > place)
+        part = codes[ends[rows] - lengths[rows] + 1 + place] & 31
+        values[rows] += part.astype(np.int64) << (5 * place)
     if np.abs(values).max() > area:
         raise ValueError(f"compressed 'counts' hold a run of more than height x width = {area} pixels")
     values[1::2] = np.cumsum(values[1::2])
@@ -175,13 +204,15 @@ def polygons_to_mask(polygons: list[Any], size: Size) -> Tensor:
     polygons  each ``[x1, y1, x2, y2, ...]``, at least three corners, image pixels; what lies outside is cut off
     size      (height, width) of the image
 
-    Raises ValueError for a polygon that is none, see ``check_polygon``, and for a size that is none.
+    Raises ValueError for a polygon that is none, see ``check_polygon``, for a size that is none, and where there is too
+    much to draw, see ``check_outlines``.
     """
     if not isinstance(polygons, (list, tuple)):
         raise ValueError(f"polygons must be a list of [x1, y1, x2, y2, ...], got {short(polygons)}")
     height, width = rle_size({"size": size})
-    parts = [_near_image(check_polygon(polygon), size) for polygon in polygons]
-    parts = [part for part in parts if len(part) >= 3]
+    parts = [check_polygon(polygon) for polygon in polygons]
+    check_outlines(parts, size)
+    parts = [part for part in (_near_image(part, size) for part in parts) if len(part) >= 3]
     if not parts:
         return torch.zeros(height, width, dtype=torch.bool)
     # Only the window that holds them is drawn. pycocotools works in fifths of a pixel: rounded to those before the
@@ -221,6 +252,22 @@ def check_polygon(polygon: Any) -> np.ndarray:
     return corners
 
 
+def check_outlines(polygons: list[np.ndarray], size: Size) -> None:
+    """ValueError when polygons of checked corners are together longer than MAX_OUTLINE in and around the image.
+
+    pycocotools takes memory and time by the pixel of outline: a small file could ask for all there is.
+    """
+    if sum(map(len, polygons)) * 3 * max(size) <= MAX_OUTLINE:
+        return  # wherever their corners lie
+    parts = [_near_image(polygon, size) for polygon in polygons]
+    length = sum(np.abs(part - np.roll(part, 1, axis=0)).max(axis=1).sum() for part in parts if len(part))
+    if length > MAX_OUTLINE:
+        raise ValueError(
+            f"the outlines of a mask's polygons may be {MAX_OUTLINE} px long together, these are {length:.0f} px; "
+            "such a mask is better stored as run lengths"
+        )
+
+
 def _near_image(corners: np.ndarray, size: Size) -> np.ndarray:
     """The corners cut to three times the image (Sutherland and Hodgman); farther ones cost pycocotools its memory."""
     for axis, extent in ((0, size[1]), (1, size[0])):
@@ -228,16 +275,12 @@ def _near_image(corners: np.ndarray, size: Size) -> np.ndarray:
             inside = sign * corners[:, axis] >= limit
             if inside.all():
                 continue
-            kept = []
-            for here, there, here_in, there_in in zip(corners, np.roll(corners, -1, 0), inside, np.roll(inside, -1)):
-                if here_in:
-                    kept.append(here)
-                if here_in != there_in:
-                    share = (sign * limit - here[axis]) / (there[axis] - here[axis])
-                    crossing = here + share * (there - here)
-                    crossing[axis] = sign * limit  # exactly, also where the corners are too far away to tell
-                    kept.append(crossing)
-            corners = np.array(kept).reshape(-1, 2)
+            way = np.roll(corners, -1, axis=0) - corners
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):  # where nothing crosses
+                crossing = corners + ((sign * limit - corners[:, axis]) / way[:, axis])[:, None] * way
+            crossing[:, axis] = sign * limit  # exactly, also where the corners are too far away to tell
+            chosen = np.stack([inside, inside != np.roll(inside, -1)], axis=1)
+            corners = np.stack([corners, crossing], axis=1)[chosen]
     return corners
 
 

@@ -5,7 +5,7 @@ Chapter 12 (the whole model) and Chapter 18 (your own data).
 ``MaskRCNN.forward`` answers with as many rows as there are instances and checks what it is given. A program for other
 machines wants neither: every tensor in it has one size, whatever the image holds. So ``FixedSize`` says the same with
 rows that may be empty, whose score is 0. Its ops are our compiled ones: where the program runs, ``mrcnn_edu.ops`` must
-have been imported.
+have been imported. There is no ONNX form: its exporter would need these ops written a second time, in ONNX's own.
 """
 
 from __future__ import annotations

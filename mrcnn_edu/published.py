@@ -1,9 +1,9 @@
-"""Weights that torchvision publishes, by name: the models they belong to, the download and its checksum.
+"""Weights that others publish, by name: the models they belong to, the download and its checksum.
 
 Chapter 18 (real data and transfer). Source: the weight entries of torchvision.models and what they state.
 
-A file is taken from torchvision's cache, from a path of your own, or from the network, and its SHA-256 must begin with
-the eight digits in its published name.
+A file of torchvision's is taken from its cache, from a path of your own, or from the network, and its SHA-256 must
+begin with the eight digits in its published name. detectron2 and Detectron state no checksums: bring their files.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mrcnn_edu.cli import read_config
 from mrcnn_edu.config import (
+    MODELS,
     TORCHVISION,
     BackboneConfig,
     BoxHeadConfig,
@@ -34,10 +35,11 @@ from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
 from mrcnn_edu.models.unshared import Unshared
 from mrcnn_edu.training.export import load_model
 from mrcnn_edu.training.stages import load_stages
-from mrcnn_edu.unpickling import read_torch
-from mrcnn_edu.weights import load_imagenet, load_torchvision
+from mrcnn_edu.unpickling import read_torch, read_weights
+from mrcnn_edu.weights import load_detectron, load_detectron2, load_imagenet, load_torchvision
 
 PREFIX = "torchvision:"
+ZOOS = {"detectron2": load_detectron2, "detectron1": load_detectron}  # files without checksums, by the code they are of
 
 
 @dataclass(frozen=True)
@@ -94,9 +96,41 @@ def load_published(name: str, file: Path | None = None) -> tuple[MaskRCNN, Categ
     state, meta = read_entry(chosen.entry, file)
     model = build_model(chosen.model)
     load_torchvision(model, state)
-    joints, names = tuple(meta.get("keypoint_names", ())), meta["categories"][1:]  # without the background
-    categories = CategoryMap(tuple(Category(number, name, joints) for number, name in enumerate(names, start=1)))
-    return model.eval(), categories
+    return model.eval(), cocos_categories(meta)
+
+
+def load_from_zoo(code: str, name: str, file: Path | None) -> tuple[MaskRCNN, CategoryMap]:
+    """A model that detectron2 or Detectron trained on COCO, on the CPU and in evaluation mode, and COCO's categories.
+
+    code  a key of ``ZOOS``
+    name  of a preset without the code's name at its end, "maskrcnn_resnet50_fpn"
+    file  the ``.pkl`` of the zoo
+
+    Raises ValueError for an unknown name and for other weights, OSError for a file that cannot be read,
+    ModuleNotFoundError without torchvision, which knows COCO's categories.
+    """
+    from torchvision.models import get_weight
+
+    suffix = f"_{code}"
+    known = {key.removesuffix(suffix): model for key, model in MODELS.items() if key.endswith(suffix)}
+    config = lookup(f"model of {code}", known, name)
+    if file is None:
+        raise ValueError(f"{code} states no checksums, so nothing is downloaded: name its file as {code}:{name}:FILE")
+    model = build_model(config)
+    ZOOS[code](model, read_weights(file))
+    meta = get_weight(
+        PUBLISHED["keypointrcnn_resnet50_fpn" if config.classes == 1 else "maskrcnn_resnet50_fpn"].entry
+    ).meta
+    named = [category for category in cocos_categories(meta).categories if category.name != "N/A"]
+    if config.classes == 1:
+        named = [category for category in named if category.name == "person"]
+    return model.eval(), CategoryMap(tuple(named))
+
+
+def cocos_categories(meta: dict[str, Any]) -> CategoryMap:
+    """The categories that torchvision states for weights, without the background."""
+    joints, names = tuple(meta.get("keypoint_names", ())), meta["categories"][1:]
+    return CategoryMap(tuple(Category(number, name, joints) for number, name in enumerate(names, start=1)))
 
 
 def imagenet_state(architecture: str, file: Path | None = None) -> dict[str, Tensor]:
@@ -146,7 +180,15 @@ def digest_in(url: str) -> str:
 
 def is_published(source: Path | str) -> bool:
     """Does this name published weights, rather than a file or folder?"""
-    return str(source).startswith(PREFIX)
+    return str(source).startswith((PREFIX, *(f"{code}:" for code in ZOOS)))
+
+
+def open_published(source: Path | str) -> tuple[MaskRCNN, CategoryMap]:
+    """The model and the categories of "torchvision:NAME", "torchvision:NAME:FILE" or "detectron2:NAME:FILE"."""
+    if str(source).startswith(PREFIX):
+        return load_published(*split_source(source))
+    code, _, rest = str(source).partition(":")
+    return load_from_zoo(code, *split_source(rest))
 
 
 def split_source(source: Path | str) -> tuple[str, Path | None]:
@@ -158,16 +200,20 @@ def split_source(source: Path | str) -> tuple[str, Path | None]:
 def label_table(known: CategoryMap, wanted: CategoryMap) -> Tensor:
     """Where a model's labels go among those of a data set, [K + 1] int64, by category id; 0 where it has none.
 
-    Raises ValueError when the model does not know a category, or knows it by another name.
+    Raises ValueError when the model does not know a category, or knows it by another name or with other joints.
     """
     table = torch.zeros(len(known) + 1, dtype=torch.int64)
-    names = {category.id: category.name for category in known.categories}
+    by_id = {category.id: category for category in known.categories}
     for label, category in enumerate(wanted.categories, start=1):
-        if names.get(category.id) != category.name:
-            has = names.get(category.id, "none")
+        theirs = by_id.get(category.id)
+        if theirs is None or theirs.name != category.name:
+            has = "none" if theirs is None else theirs.name
             raise ValueError(
                 f"the data have the category {category.name!r} with id {category.id}, the weights know {has!r} by it"
             )
+        if theirs.keypoints and category.keypoints and theirs.keypoints != category.keypoints:
+            raise ValueError(f"the joints of {category.name!r} are {category.keypoints} in the data, "
+                             f"{theirs.keypoints} in the weights")  # fmt: skip
         table[known.label(category.id)] = label
     return table
 
@@ -177,7 +223,7 @@ def open_weights(
 ) -> tuple[MaskRCNN | Unshared, CategoryMap, DataConfig]:
     """A trained model, its categories, and the size at which it should see images; stages end in one model or two."""
     if is_published(path):
-        model, categories = load_published(*split_source(path))
+        model, categories = open_published(path)
         data = DataConfig()
     else:
         if (path / "stages.json").exists():

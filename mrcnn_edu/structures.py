@@ -152,9 +152,10 @@ class ImageBatch:
         width = -(-max(w for _, w in sizes) // multiple) * multiple
         pixels = torch.zeros(len(images), 3, height, width, device=images[0].device)
         for padded, image, (h, w) in zip(pixels, images, sizes):
-            padded[:, :h, :w] = image
-            if not image.is_floating_point():
-                padded[:, :h, :w].div_(255)
+            if image.is_floating_point():
+                padded[:, :h, :w] = image
+            else:
+                torch.div(image, 255, out=padded[:, :h, :w])  # converted and divided in one pass over the memory
         return cls(pixels, sizes, list(original_sizes) if original_sizes is not None else sizes)
 
 

@@ -77,6 +77,12 @@ class Hostile:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def sound(condition: bool | torch.Tensor, problem: str) -> None:
+    """AssertionError otherwise, under ``python -O`` as well."""
+    if not condition:
+        raise AssertionError(problem)
+
+
 def roi_layer(hostile: Hostile) -> list[torch.Tensor]:
     images, channels = hostile.random.choice([1, 2]), hostile.random.choice([1, 3, 17])
     features = hostile.tensor(images, channels, hostile.random.choice([1, 5, 9]), hostile.random.choice([1, 7]))
@@ -92,12 +98,12 @@ def roi_layer(hostile: Hostile) -> list[torch.Tensor]:
     aligned = hostile.random.random() < 0.5
     pooled = ops.pool_levels(layer, [features], rois, levels, size, [scale], samples, aligned, mode)
     height, width = (size, size) if isinstance(size, int) else size
-    assert pooled.shape == (len(rois), features.shape[1], height, width), pooled.shape
-    assert pooled.dtype == features.dtype
-    assert torch.isfinite(pooled).all(), "finite features gave a result that is not"
+    sound(pooled.shape == (len(rois), features.shape[1], height, width), f"another shape, {pooled.shape}")
+    sound(pooled.dtype == features.dtype, f"another type, {pooled.dtype}")
+    sound(torch.isfinite(pooled).all(), "finite features gave a result that is not")
     if features.requires_grad:
         pooled.sum().backward()
-        assert torch.isfinite(features.grad).all(), "the gradient is not finite"
+        sound(torch.isfinite(features.grad).all(), "the gradient is not finite")
         return [pooled.detach(), features.grad]
     return [pooled]
 
@@ -109,7 +115,8 @@ def suppression(hostile: Hostile) -> list[torch.Tensor]:
     threshold = hostile.often(hostile.random.random(), *NASTY, None)
     most = hostile.often(None, 0, 1, 3, -1, 2.5)
     kept = ops.batched_nms(boxes, scores, groups, threshold, most)
-    assert len(set(kept.tolist())) == len(kept) <= count and all(0 <= row < count for row in kept.tolist())
+    rows = set(kept.tolist())
+    sound(len(rows) == len(kept) <= count and rows <= set(range(count)), f"kept {kept.tolist()} of {count}")
     return [kept]
 
 
@@ -120,11 +127,11 @@ def pasting(hostile: Hostile) -> list[torch.Tensor]:
     threshold = hostile.often(0.5, None, 0.0, 1.0, 2.0, math.nan)
     rule = hostile.often(hostile.random.choice(["continuous", "integer"]), "nearest", None)
     pasted = ops.paste_masks(masks, boxes, size, threshold, rule)
-    assert pasted.shape == (len(masks), *size)
+    sound(pasted.shape == (len(masks), *size), f"another shape, {pasted.shape}")
     crops = ops.paste_crops(masks, boxes, size, threshold, rule)
     for mask, (top, left, crop) in zip(pasted, crops):
         window = mask[top : top + crop.shape[0], left : left + crop.shape[1]]
-        assert torch.equal(window, crop) and torch.count_nonzero(mask) == torch.count_nonzero(crop)
+        sound(torch.equal(window, crop) and torch.count_nonzero(mask) == torch.count_nonzero(crop), "other crops")
     return [pasted]
 
 

@@ -1,4 +1,4 @@
-"""Runs of several processes, one scenario after the other: ``python many_processes.py <data> <out>``.
+"""Runs of several processes, one scenario after the other: ``python many_processes.py <data> <streets> <out>``.
 
 Starting PyTorch takes seconds, so this happens once, and the processes of each scenario are forked. Each leaves what it
 returned or raised, and how long it took, in ``<out>/<scenario>/<rank>.pt``; the tests look there.
@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from training_runs import CONFIG, DATA, MODEL, TRAIN, datasets, tiny_model
 
 from mrcnn_edu.config import Config
+from mrcnn_edu.data.cityscapes import CityscapesDataset
 from mrcnn_edu.data.coco import CocoDataset
 from mrcnn_edu.evaluation.measure import measure
 from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
@@ -31,6 +33,10 @@ PATIENCE = 60  # seconds until the processes of a scenario count as hung
 
 # Batches of four, shared out evenly among 1, 2 and 4 processes.
 SHARED = replace(CONFIG, train=replace(TRAIN, batch_size=4, iterations=6, checkpoint_every=3))
+
+# Eight iterations that may end after four: the learning rate does not depend on their number.
+EIGHT = replace(CONFIG, train=replace(TRAIN, batch_size=4, schedule="step", steps=(6,)))
+STREETS = replace(MODEL, classes=8, keypoint=None)  # Cityscapes'
 
 # Nothing is left to chance and no norm looks at its neighbours, so the gradient depends on the images alone.
 PLAIN_MODEL = replace(
@@ -126,6 +132,23 @@ def gradients(out: Path, data: CocoDataset) -> None:
         processes(world, out / f"gradients-{world}", lambda _, r=run, c=config: training(data, r, c, plain_model()))
 
 
+def resuming(out: Path, data: CocoDataset, streets: CityscapesDataset) -> None:
+    """Eight iterations; and four, and four more by new processes: four of them on COCO's format, two on Cityscapes'."""
+    for name, size, images, config in (
+        ("coco", 4, data, EIGHT),
+        ("streets", 2, streets, replace(EIGHT, model=STREETS)),
+    ):
+        four = replace(config, train=replace(config.train, iterations=4))
+
+        def work(_: int, run: str, seed: int = 0, c: Config = config, d: Any = images, **options: Any) -> int:
+            torch.manual_seed(seed)
+            return training(d, out / run, c, build_model(c.model), **options)
+
+        processes(size, out / f"{name}-eight", partial(work, run=f"{name}-eight-run"))
+        processes(size, out / f"{name}-four", partial(work, run=f"{name}-four-run", c=four))
+        processes(size, out / f"{name}-four-more", partial(work, run=f"{name}-four-run", seed=9, resume=True))
+
+
 def stopping(out: Path, data: CocoDataset) -> None:
     """Six iterations in one go; and with one of the two processes told to stop in the second, then resumed."""
     processes(2, out / "undisturbed", lambda _: training(data, out / "run"))
@@ -176,8 +199,8 @@ def failing(out: Path, data: CocoDataset) -> None:
     processes(2, out / "no-folder", lambda _: training(data, Path("/dev/null/run")))
 
 
-def evaluating(out: Path, val_data: CocoDataset) -> None:
-    """AP of one model by 1, 2, 3 and 4 processes: more of them than batches of images."""
+def evaluating(out: Path, val_data: CocoDataset, streets: CityscapesDataset) -> None:
+    """AP of one model by 1, 2, 3 and 4 processes: more of them than batches of images; Cityscapes' by 1 and 2."""
     for size in (1, 2, 3, 4):
 
         def work(_: int, size: int = size) -> dict:
@@ -187,14 +210,28 @@ def evaluating(out: Path, val_data: CocoDataset) -> None:
 
         processes(size, out / f"evaluating-{size}", work)
 
+    for size in (1, 2):
+
+        def work(_: int, size: int = size) -> dict:
+            torch.manual_seed(8)
+            model = build_model(replace(STREETS, box=replace(STREETS.box, score_threshold=0.0)))
+            with connected("cpu") as world:
+                return measure(model, streets, DATA, out / f"streets-results-{size}", progress=False, world=world)[
+                    0
+                ].to_json()
+
+        processes(size, out / f"streets-evaluating-{size}", work)
+
 
 if __name__ == "__main__":
     import torch._dynamo
 
     torch.set_num_threads(1)
     train_data, held_out = datasets(Path(sys.argv[1]))
-    where = Path(sys.argv[2])
+    streets = CityscapesDataset(sys.argv[2], "train")
+    where = Path(sys.argv[3])
     gradients(where, train_data)
+    resuming(where, train_data, streets)
     stopping(where, train_data)
     failing(where, train_data)
-    evaluating(where, held_out)
+    evaluating(where, held_out, streets)

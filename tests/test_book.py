@@ -8,10 +8,14 @@ import importlib
 import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+from torch.distributed.run import get_args_parser
+
+from mrcnn_edu import cli
 
 ROOT = Path(__file__).parent.parent
 BOOK = ROOT / "book"
@@ -84,6 +88,20 @@ def test_the_table_of_contents_is_complete():
     assert sorted(listed) == sorted(present)
     chapters = [page for page in listed if "/chapters/" in page]
     assert chapters == sorted(chapters)
+
+
+@per_chapter
+def test_printed_commands_are_understood(path):
+    """Every mrcnn-edu of a shell block, torchrun's own options included."""
+    shell = "\n".join(re.findall(r"```sh\n(.*?)```", text(path), re.S)).replace("\\\n", " ")
+    lines = [shlex.split(line, comments=True) for line in shell.splitlines() if re.search(r"\bmrcnn[-_]edu \w", line)]
+    for words in lines:
+        place = words.index("mrcnn-edu" if words[0] == "mrcnn-edu" else "mrcnn_edu")
+        if place:
+            launched = get_args_parser().parse_args(words[1 : place + 1])
+            assert words[0] == "torchrun" and launched.module and launched.training_script == "mrcnn_edu"
+        assert cli.parse(words[place + 1 :]) is not None
+    assert lines or number(path) not in (18, 19)
 
 
 @per_chapter

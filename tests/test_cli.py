@@ -310,6 +310,19 @@ def test_evaluate_refuses_other_categories(capsys, folder, trained, tmp_path):
     assert status == 2 and "--images and --annotations belong together" in err
 
 
+def test_evaluate_measures_some_of_the_classes(capsys, folder, trained, tmp_path):
+    """Data with fewer classes than the weights know, in another order; what they lack is dropped from the results."""
+    data = json.loads((folder / "val.json").read_text())
+    data["categories"] = data["categories"][:1:-1]
+    kept = {category["id"] for category in data["categories"]}
+    data["annotations"] = [one for one in data["annotations"] if one["category_id"] in kept]
+    (tmp_path / "val.json").write_text(json.dumps(data))
+    where = ["--images", folder / "val", "--annotations", tmp_path / "val.json", "--out", tmp_path / "out"]
+    assert run(capsys, "evaluate", *where, "--weights", trained)[0] == 0
+    found = json.loads((tmp_path / "out/results-bbox.json").read_text())
+    assert found and {result["category_id"] for result in found} <= kept
+
+
 def test_predict_writes_results_overlays_and_masks(capsys, folder, trained, tmp_path):
     pictures = tmp_path / "pictures"
     (pictures / "more").mkdir(parents=True)

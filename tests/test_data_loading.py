@@ -171,6 +171,19 @@ def test_every_world_shares_one_grouped_stream(count: int, world: int, parts: in
     assert later == data.order(batch, batches, group=group)[2:]
 
 
+@given(count=st.integers(1, 60), world=st.integers(1, 8), batch=st.integers(1, 9))
+def test_every_world_deals_out_the_batches_of_one(count: int, world: int, batch: int) -> None:
+    """For measuring: no image twice, none left out, and each in the batch that one process alone would put it in."""
+    orders = [loading._ValOrder(count, batch, rank, world) for rank in range(world)]
+    dealt = [[[index for _, index in indices] for indices in order] for order in orders]
+    whole = [[index for _, index in indices] for indices in loading._ValOrder(count, batch, 0, 1)]
+    assert [dealt[number % world][number // world] for number in range(len(whole))] == whole
+    assert sum(map(len, dealt)) == len(whole)
+    assert [index for indices in whole for index in indices] == list(range(count))
+    assert [order.images for order in orders] == [sum(map(len, part)) for part in dealt]
+    assert [len(order) for order in orders] == [len(part) for part in dealt]
+
+
 @given(count=st.integers(1, 60), group=st.integers(2, 5))
 def test_groups_are_of_one_orientation_but_for_a_few(count: int, group: int) -> None:
     """Of the groups of an epoch at most three are mixed: the one it completes and two that end it."""

@@ -15,9 +15,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mrcnn_edu.data.coco import CocoDataset
+from mrcnn_edu.data.loading import _ValOrder
 from mrcnn_edu.evaluation import report
 from mrcnn_edu.evaluation.coco import COCO_SIGMAS, evaluate, evaluate_results, ground_truth
-from mrcnn_edu.evaluation.results import to_coco_results
+from mrcnn_edu.evaluation.results import merge_results, to_coco_results
 from mrcnn_edu.masks import rle_encode
 from mrcnn_edu.structures import Detections
 
@@ -320,3 +321,25 @@ def test_results_are_what_the_server_takes(tmp_path):
     }  # fmt: skip
     assert [entry["category_id"] for entry in to_coco_results(dataset, found, "keypoint")] == [90, 90]
     assert to_coco_results(dataset, found, "mask")[0]["segmentation"]["size"] == [100, 120]
+
+
+@pytest.mark.parametrize("world", range(1, 9))
+def test_any_number_of_processes_measures_the_same(tmp_path, world):
+    """Simulated: 11 images in batches of 2, every score the same, so that AP hangs on the order of the results."""
+    image_ids = [40, 7, 19, 3, 28, 11, 5, 36, 2, 90, 61]
+    truth = [rectangle(n, image_ids[n % 11], 3, (5 * n % 60, 7 * n % 40, 20, 20)) for n in range(25)]
+    dataset = make_dataset(tmp_path, truth, image_ids)
+    whole = [
+        {"image_id": image_id, "category_id": 3, "score": 0.5, "bbox": [5.0 * n % 60, 7.0 * n % 40, 20.0, 15.0 + n % 5]}
+        for place, image_id in enumerate(image_ids)
+        for n in (place, place + 11, place + 12)
+    ]
+    parts = []
+    for rank in range(world):
+        own = {dataset.image_id(index) for batch in _ValOrder(11, 2, rank, world) for _, index in batch}
+        parts.append([result for result in whole if result["image_id"] in own])
+    assert sum(map(len, parts)) == len(whole)
+    merged = merge_results(parts, dataset.image_ids)
+    assert merged == merge_results([whole], dataset.image_ids) == whole
+    backwards = evaluate_results(dataset, {"box": whole[::-1]})["box"]["AP"]
+    assert evaluate_results(dataset, {"box": merged})["box"]["AP"] != backwards

@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 from torchvision.ops import roi_align
 
 from mrcnn_edu.masks import (
+    check_outlines,
     check_polygon,
     compress,
     crop_masks,
@@ -88,6 +89,10 @@ def test_long_runs_survive():
         ({"size": [8, 8], "counts": [True, 63]}, "whole numbers"),
         ({"size": [8, 8], "counts": [70, -6]}, "between 0"),
         ({"size": [8, 8], "counts": [2**70]}, "between 0"),
+        ({"size": [8, 8], "counts": [40] * 2}, "cover 80 pixels of 8 x 8 = 64"),
+        ({"size": [8, 8], "counts": [0] * 66}, "at most 65 runs, got 66"),
+        ({"size": [8, 8], "counts": "0" * 145}, "of 145 characters cannot be"),
+        ({"size": [8, 8], "counts": "\ud800"}, "characters from"),
         ({"size": [8, 8], "counts": None}, "string or a list"),
         ({"size": [8, 8]}, "string or a list"),
         ({"size": [0, 8], "counts": []}, "1 to 32768"),
@@ -103,6 +108,16 @@ def test_long_runs_survive():
 def test_bad_run_lengths_are_refused(rle, message):
     with pytest.raises(ValueError, match=message):
         rle_decode(rle)
+
+
+def test_runs_of_one_pixel_fill_the_longest_list_and_text():
+    """Squares of one pixel, a run each; and the longest text that runs with pixels can need: 1 and 17 in turn."""
+    size = [4, 2**15]  # more than one piece of a list
+    counts = [0] + [1] * 2**17
+    assert rle_decode({"size": size, "counts": counts}).sum() == 2**16
+    assert rle_decode({"size": size, "counts": compress(np.array(counts))}).sum() == 2**16
+    runs = np.array([1, 17, 17, 1] * 100)
+    assert torch.equal(rle_decode({"size": [36, 100], "counts": compress(runs)}).sum(), torch.tensor(1800))
 
 
 def test_random_text_never_gets_through():
@@ -214,6 +229,23 @@ def test_corners_beyond_all_measure_are_cut_exactly():
     assert torch.equal(polygons_to_mask(lower_half, (50, 70)), (torch.arange(50) >= 20)[:, None].expand(50, 70))
     for corners in ([-far, -far, far, far, far, -far], [0, far, far, 0, -far, -far], [far, 3, 3, far, -far, -3]):
         assert polygons_to_mask([corners], (50, 70)).shape == (50, 70)
+
+
+def test_outlines_too_long_to_draw_are_refused():
+    """A zigzag of 20,000 lines across 16,384 pixels would have cost pycocotools 26 GB."""
+    zigzag = [value for line in range(20_000) for value in (16_384.0 * (line % 2), line * 0.8)]
+    with pytest.raises(ValueError, match=r"262144 px long together, these are 327\d{6} px; .* run lengths"):
+        polygons_to_mask([zigzag], (16_384, 16_384))
+    with pytest.raises(ValueError, match="long together"):  # of two, half as long each
+        polygons_to_mask([zigzag[:32], zigzag[:32]], (16_384, 16_384))
+    assert polygons_to_mask([zigzag[:8]], (16_384, 16_384)).any()
+
+
+def test_any_rectangle_around_the_largest_images_can_be_drawn():
+    for size in ((32_768, 8_192), (16_384, 16_384), (1, 32_768)):
+        check_outlines([np.array([[-1e9, -1e9], [1e9, -1e9], [1e9, 1e9], [-1e9, 1e9]])], size)
+        many = np.array([[-1e9, -1e9], [1e9, -1e9], [1e9, 1e9], [-1e9, 1e9]]).repeat(10, axis=0)
+        check_outlines([many], size)  # where the corners must be looked at
 
 
 @pytest.mark.parametrize(("polygons", "size"), [(None, (9, 9)), ({}, (9, 9)), ([[0, 0, 1, 0, 1, 1]], None)])

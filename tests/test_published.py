@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,17 +13,19 @@ import torch
 import torchvision
 from PIL import Image
 from test_weights import randomise, spread_out
+from tiny_models import images, shrink
 from torchvision.models import get_weight
 
 from mrcnn_edu import published
 from mrcnn_edu.cli import main
+from mrcnn_edu.config import MODELS
 from mrcnn_edu.data.coco import CategoryMap
 from mrcnn_edu.data.coco_json import Category
 from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
 from mrcnn_edu.ops import paste_masks
-from mrcnn_edu.published import PUBLISHED, imagenet_state, label_table, load_published, split_source
+from mrcnn_edu.published import PUBLISHED, imagenet_state, label_table, load_published, open_published, split_source
 from mrcnn_edu.structures import ImageBatch
-from mrcnn_edu.weights import to_torchvision
+from mrcnn_edu.weights import to_detectron2, to_torchvision
 
 V2 = "maskrcnn_resnet50_fpn_v2"
 
@@ -144,6 +148,37 @@ def test_labels_by_category_id() -> None:
     for wrong in (Category(3, "bus"), Category(7, "train")):
         with pytest.raises(ValueError, match="the data have the category"):
             label_table(known, CategoryMap((wrong,)))
+    jointed = CategoryMap((Category(1, "person", ("nose", "hand")),))
+    assert label_table(jointed, CategoryMap((Category(1, "person"),))).tolist() == [0, 1]
+    with pytest.raises(ValueError, match="the joints of 'person'"):
+        label_table(jointed, CategoryMap((Category(1, "person", ("hand", "nose")),)))
+
+
+@pytest.mark.parametrize("kind", ["maskrcnn", "keypointrcnn"])
+def test_a_file_of_detectron2s_zoo(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Narrow, in the zoo's format, for COCO's classes or its persons; the full shapes are tested with the tables."""
+    name, preset = f"{kind}_resnet50_fpn", f"{kind}_resnet50_fpn_detectron2"
+    full = MODELS[preset]
+    monkeypatch.setitem(MODELS, preset, replace(shrink(full), classes=full.classes))
+    torch.manual_seed(0)
+    model = build_model(preset).eval()
+    file = tmp_path / "model_final.pkl"
+    state = {key: value.numpy() for key, value in to_detectron2(model).items()}
+    file.write_bytes(pickle.dumps({"model": state, "__author__": "detectron2"}))
+    loaded, categories = open_published(Path(f"detectron2:{name}:{file}"))
+    with torch.no_grad():
+        (found, _), (expected, _) = loaded(images()), model(images())
+    assert len(found) and torch.equal(found.boxes, expected.boxes) and torch.equal(found.labels, expected.labels)
+    ids = [category.id for category in categories.categories]
+    if kind == "maskrcnn":
+        assert len(ids) == 80 and ids[-1] == 90 and categories.names[11] == "stop sign"
+    else:
+        assert ids == [1] and len(categories.categories[0].keypoints) == 17
+    assert main(["convert", f"detectron2:{name}:{file}", str(tmp_path / "ours.safetensors")]) == 0
+    with pytest.raises(ValueError, match=f"nothing is downloaded: name its file as detectron2:{name}:FILE"):
+        open_published(f"detectron2:{name}")
+    with pytest.raises(ValueError, match="unknown model of detectron2 'maskrcnn_resnet50', did you mean"):
+        open_published(f"detectron2:maskrcnn_resnet50:{file}")
 
 
 def test_the_command_as_documented(trusted: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

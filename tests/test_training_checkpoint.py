@@ -300,9 +300,12 @@ def test_a_failing_disk_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
-def test_a_kill_loses_no_acknowledged_checkpoint(tmp_path: Path) -> None:
-    """kill -9 at ten moments while saving: what was acknowledged, or a later one, loads whole."""
+@pytest.mark.parametrize("form", [("saving", "10"), ("writing", "2", "--world", "2")])
+def test_a_kill_loses_no_acknowledged_checkpoint(form: tuple[str, ...]) -> None:
+    """kill -9 at ten moments while saving, and twice while one of two processes in training writes a checkpoint.
+
+    What was acknowledged, or a later one, loads whole; and the run that was killed ends as one that was not.
+    """
     script = Path(__file__).with_name("kill_runs.py")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, str(script), "saving", str(tmp_path / "run"), "10"]
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL, timeout=120)
+    subprocess.run([sys.executable, str(script), *form], check=True, env=environment, capture_output=True, timeout=240)

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from many_processes import PLAIN_MODEL, SHARED, plain_model
+from test_cityscapes import scene
+from test_cityscapes import write as write_streets
 from training_runs import CONFIG, ENVIRONMENT, IMAGES, datasets, tiny_model, with_train
 
 from mrcnn_edu.config import TrainConfig, to_json
@@ -37,7 +39,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def scenarios(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All scenarios of ``many_processes``, run once."""
     out = tmp_path_factory.mktemp("processes") / "out"
-    script = [sys.executable, str(Path(__file__).with_name("many_processes.py")), str(folder), str(out)]
+    regions = [[(26000 + n, 10 * n, 20, 10 * n + 25, 45), (24000, 60, n, 85, 30)] for n in range(IMAGES)]
+    write_streets(folder / "streets", *[scene(*region) for region in regions], split="train")
+    script = [sys.executable, str(Path(__file__).with_name("many_processes.py"))]
+    script += [str(folder), str(folder / "streets"), str(out)]
     subprocess.run(script, check=True, env=ENVIRONMENT, timeout=600, capture_output=True)
     return out
 
@@ -146,6 +151,14 @@ def test_processes_have_random_numbers_of_their_own(scenarios: Path) -> None:
 # Stopping and resuming -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("format", "world"), [("coco", 4), ("streets", 2)])
+def test_eight_steps_are_four_and_four_more(scenarios: Path, format: str, world: int) -> None:
+    """To the bit, by several processes, on files of COCO's format and of Cityscapes'."""
+    for name, steps in (("eight", 8), ("four", 4), ("four-more", 8)):
+        assert [outcome.get("result") for outcome in outcomes(scenarios, f"{format}-{name}", world)] == [steps] * world
+    assert_same_end(scenarios / f"{format}-eight-run", scenarios / f"{format}-four-run")
+
+
 def test_a_signal_to_one_process_stops_all_and_loses_nothing(scenarios: Path) -> None:
     """SIGTERM to the second of two during iteration 2: both leave with its status, both are resumed, to the bit."""
     assert [outcome["message"] for outcome in outcomes(scenarios, "stopped")] == ["143", "143"]
@@ -223,6 +236,15 @@ def test_ap_is_the_same_for_any_number_of_processes(scenarios: Path, world: int)
         assert (scenarios / f"results-{world}" / file).read_text() == (scenarios / "results-1" / file).read_text()
 
 
+def test_cityscapes_ap_is_the_same_for_two_processes(scenarios: Path) -> None:
+    alone = outcomes(scenarios, "streets-evaluating-1", 1)[0]["result"]
+    assert alone["images"] == IMAGES and alone["detections"]["mask"] > 0
+    for outcome in outcomes(scenarios, "streets-evaluating-2"):
+        assert outcome["result"] == alone
+    first, second = ((scenarios / f"streets-results-{n}" / "results-segm.json").read_text() for n in (1, 2))
+    assert first == second
+
+
 # torchrun ------------------------------------------------------------------------------------------------------------
 
 
@@ -279,6 +301,18 @@ def test_what_a_run_says_of_itself() -> None:
 def test_batch_norms_over_all_processes_need_gpus(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"train\.sync_norm needs GPUs"):
         train(with_train(sync_norm=True), tiny_model(), datasets(folder)[0], None, tmp_path / "run", device="cpu")
+
+
+def test_batch_norms_over_all_processes_keep_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All batch norms are PyTorch's synchronised ones, and files written with and without them are the same."""
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_, **__: module)  # there may be no GPU to go to
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    setup.prepare(model, with_train(sync_norm=True).train, torch.device("cuda"))
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) > 10 and all(isinstance(norm, torch.nn.SyncBatchNorm) for norm in norms)
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 def test_compiled_parts_give_the_same_weights(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ from mrcnn_edu.data.coco_json import (
     read_images,
     read_json,
 )
-from mrcnn_edu.masks import check_polygon, compress, polygons_to_mask, rle_counts, rle_size
+from mrcnn_edu.masks import check_outlines, check_polygon, compress, polygons_to_mask, rle_counts, rle_size
 from mrcnn_edu.structures import Size
 
 
@@ -207,7 +207,7 @@ class _AnnotationReader:
         parts = []
         for number, part in enumerate(shape):
             try:
-                parts.append(_near(check_polygon(part), size).reshape(-1))
+                parts.append(_near(check_polygon(part), size))
             except ValueError as error:
                 problem = f"field 'segmentation', polygon {number}: {error}"
                 if self.faults.strict:
@@ -215,8 +215,12 @@ class _AnnotationReader:
                 self.faults.add(f"annotation {entry['id']}", problem)
         if not parts:
             raise ValueError("field 'segmentation' has no usable polygon")
+        try:
+            check_outlines(parts, size)
+        except ValueError as error:
+            raise ValueError(f"field 'segmentation': {error}") from None
         gap = np.array([np.nan])  # no checked polygon holds one, so it can stand between two
-        return np.concatenate([piece for part in parts for piece in (gap, part)][1:]).tobytes() + b"p"
+        return np.concatenate([piece for part in parts for piece in (gap, part.reshape(-1))][1:]).tobytes() + b"p"
 
 
 def _near(corners: np.ndarray, size: Size) -> np.ndarray:

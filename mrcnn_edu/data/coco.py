@@ -129,7 +129,7 @@ class CocoDataset(Dataset):
         rows = slice(first, last)
         masks = None
         if table.regions is not None:
-            masks = torch.zeros(last - first, *size, dtype=torch.bool)
+            masks = torch.empty(last - first, *size, dtype=torch.bool)
             for row, mask in enumerate(masks, start=first):
                 mask[:] = table.mask(row, size)
         return Target(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -83,10 +84,15 @@ def prepare(model: MaskRCNN, settings: TrainConfig, device: torch.device) -> Non
 
 def replicate(model: MaskRCNN) -> DistributedDataParallel:
     """The model in DDP, which averages gradients. Frozen weights are frozen by now, so it does not wait for theirs."""
+    # After its first backward pass, which may be that of a resumed run, DDP deals the gradients out to other buckets;
+    # then more than two numbers are added in another order. Only where it looks for unused weights it does not.
+    to_the_bit = next(model.parameters()).device.type == "cpu" and dist.get_world_size() > 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer versions of PyTorch have another name for the option
         # Statistics of batch norms are shared where they matter, before a model is measured or left (share_buffers)
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        return DistributedDataParallel(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=to_the_bit
+        )
 
 
 def compile_parts(model: MaskRCNN) -> None:

@@ -1,9 +1,14 @@
-"""Run lengths and polygons, good ones and what chance makes of them: a mask of the size asked for, or an error."""
+"""Run lengths and polygons, good ones and what chance makes of them: a mask of the size asked for, or an error.
+
+Each kind of input comes with its reader and with what must hold of the answer; only the reader's time counts.
+"""
 
 from __future__ import annotations
 
 import math
 import random
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +22,23 @@ ODD = [0, -1, 1, 2, 0.5, 2**15, 2**31, 2**62, 2**80, -(2**40), 1e300, -1e300, ma
        "7", b"", [], [1], {}, (2, 3), 1e9, -1e9, 3e38]  # fmt: skip
 
 
-def case(number: int, _: Path) -> str:
-    """One input for one of the readers."""
+Trial = tuple[Callable[..., Any], tuple[Any, ...], Callable[[Any], None]]  # a reader, its arguments, what checks it
+
+
+def case(number: int, _: Path) -> tuple[str, float]:
+    """One input for one of the readers, and the processor time that it took."""
     draw = random.Random(number)
     kind = draw.choice([compressed, compressed, listed, drawn, drawn, encoded])
+    read, arguments, check = kind(draw)
+    began = time.process_time()
     try:
-        kind(draw)
-        return f"{kind.__name__} returned"
+        result, word = read(*arguments), "returned"
     except Exception as error:
-        return f"{kind.__name__} {refused(error)}"
+        word = refused(error)
+    seconds = time.process_time() - began
+    if word == "returned":
+        check(result)
+    return f"{kind.__name__} {word}", seconds
 
 
 def size_of(draw: random.Random) -> tuple[int, int]:
@@ -43,9 +56,8 @@ def some_mask(draw: random.Random, size: tuple[int, int]) -> np.ndarray:
     return coarse.repeat(step, 0).repeat(step, 1)[: size[0], : size[1]]
 
 
-def check(rle: Any) -> None:
-    """What is read must be a mask of the size and the area that the runs say, and survive a round trip."""
-    mask = masks.rle_decode(rle)
+def read_back(mask: torch.Tensor, rle: Any) -> None:
+    """What was read must be a mask of the size and the area that the runs say, and survive a round trip."""
     if mask.dtype != torch.bool or list(mask.shape) != list(rle["size"]):
         raise AssertionError(f"{rle['size']} gave {mask.dtype} {list(mask.shape)}")
     counts = masks.rle_counts(rle)
@@ -67,21 +79,22 @@ def some_size(draw: random.Random, size: tuple[int, int]) -> Any:
     )  # fmt: skip
 
 
-def compressed(draw: random.Random) -> None:
+def compressed(draw: random.Random) -> Trial:
     """Run lengths as text: right ones, changed in a few places, or any characters."""
     size = size_of(draw)
     text = masks.rle_encode(torch.from_numpy(some_mask(draw, size)))["counts"]
     if draw.random() < 0.3:
         text = "".join(chr(draw.randrange(48, 112)) for _ in range(draw.randrange(60)))
     for _ in range(draw.choice([0, 0, 1, 2, 5])):
-        place, new = draw.randrange(len(text) + 1), chr(draw.choice([draw.randrange(48, 112), draw.randrange(256)]))
+        place, new = draw.randrange(len(text) + 1), chr(draw.choice([draw.randrange(48, 112), draw.randrange(65536)]))
         text = draw.choice([text[:place] + new + text[place + 1 :], text[:place], text[:place] + new + text[place:],
                             text[:place] + text[place:][::-1], text * 2])  # fmt: skip
-    counts = draw.choice([text, text.encode("utf-8")])
-    check({"size": some_size(draw, size), "counts": counts})
+    counts = draw.choice([text, text.encode("utf-8", "surrogatepass")])
+    rle = {"size": some_size(draw, size), "counts": counts}
+    return masks.rle_decode, (rle,), lambda mask: read_back(mask, rle)
 
 
-def listed(draw: random.Random) -> None:
+def listed(draw: random.Random) -> Trial:
     """Run lengths as a list."""
     size = size_of(draw)
     counts: Any = masks.rle_counts(masks.rle_encode(torch.from_numpy(some_mask(draw, size)))).tolist()
@@ -94,16 +107,18 @@ def listed(draw: random.Random) -> None:
         rle = draw.choice(
             [{"size": size}, {"counts": counts}, counts, None, {"size": size, "counts": draw.choice(ODD)}]
         )
-    check(rle)
+    return masks.rle_decode, (rle,), lambda mask: read_back(mask, rle)
 
 
-def drawn(draw: random.Random) -> None:
-    """Polygons near, across and far from the image, with some values that no corner can have."""
+def drawn(draw: random.Random) -> Trial:
+    """Polygons near, across and far from the image, with some values that no corner can have; at times endless ones."""
     size = size_of(draw)
     polygons: Any = []
     for _ in range(draw.choice([0, 1, 1, 2, 3])):
         reach = draw.choice([50, 50, 50, 1e3, 1e6, 1e12, 1e300])
-        polygon = [draw.uniform(-reach / 4, reach) for _ in range(draw.choice([6, 6, 8, 20, 200, draw.randrange(12)]))]
+        count = draw.choice([6, 6, 8, 20, 200, draw.randrange(12)])
+        reach, count = (1e5, 20_000) if draw.random() < 0.0003 else (reach, count)
+        polygon = [draw.uniform(-reach / 4, reach) for _ in range(count)]
         if polygon and draw.random() < 0.15:
             polygon[draw.randrange(len(polygon))] = draw.choice(ODD)
         if draw.random() < 0.1:  # on one line, or in one place
@@ -112,7 +127,11 @@ def drawn(draw: random.Random) -> None:
     if draw.random() < 0.03:
         polygons = draw.choice([None, 7, "abc", [None], [[[1, 2]]], {}, [{}], [np.zeros((3, 2))], [np.zeros(4)]])
     asked = some_size(draw, size)
-    mask = masks.polygons_to_mask(polygons, asked)
+    return masks.polygons_to_mask, (polygons, asked), lambda mask: within(mask, polygons, asked)
+
+
+def within(mask: torch.Tensor, polygons: list[Any], asked: Any) -> None:
+    """A mask of the size asked for, which ends where the corners end."""
     if mask.dtype != torch.bool or list(mask.shape) != list(asked):
         raise AssertionError(f"{asked} gave {mask.dtype} {list(mask.shape)}")
     rows, columns = mask.any(1).nonzero()[:, 0].tolist(), mask.any(0).nonzero()[:, 0].tolist()
@@ -123,7 +142,7 @@ def drawn(draw: random.Random) -> None:
             raise AssertionError("a mask beyond its polygons' corners")
 
 
-def encoded(draw: random.Random) -> None:
+def encoded(draw: random.Random) -> Trial:
     """Masks to be written, some of which are none."""
     size = size_of(draw)
     mask: Any = torch.from_numpy(some_mask(draw, size))
@@ -131,7 +150,11 @@ def encoded(draw: random.Random) -> None:
         mask = draw.choice([mask.float(), mask.long() * 2, mask[None], mask[0], mask.numpy(), None, 5, mask.tolist()])
     elif draw.random() < 0.3:
         mask = draw.choice([mask.t(), mask[::2], mask[:, ::2], mask.flip(0), mask[:0], mask[:, :0]])
-    rle = masks.rle_encode(mask)
+    return masks.rle_encode, (mask,), lambda rle: comes_back(rle, mask)
+
+
+def comes_back(rle: Any, mask: torch.Tensor) -> None:
+    """The same mask, read again."""
     if mask.numel() and not torch.equal(masks.rle_decode(rle), mask):
         raise AssertionError(f"another mask came back from {rle}")
 
