@@ -146,7 +146,7 @@ def _live(draw: Draw, knobs: Knobs, caption: str, start: Mapping[str, Any]) -> A
     controls = {
         name: ipywidgets.SelectionSlider(
             options=[(_text(value), value) for value in values],
-            value=start.get(name, values[0]),
+            value=values[_position(name, values, start)],
             description=name.replace("_", " "),
             style={"description_width": "initial"},
             layout={"width": "32em", "max_width": "95%"},
