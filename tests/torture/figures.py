@@ -43,9 +43,10 @@ def joined(one: Report, two: Report) -> Report:
 def line(area: Area, report: Report) -> str:
     """One row of the table."""
     slowest = f"{1000 * report.slowest[0]:.0f} ms"
+    processor = f"{report.processor:.0f} s" if report.processor else "-"  # earlier figures do not tell
     return (
         f"| {area.name}: {area.what} | {report.cases:,} | {area.full:,} | {len(report.faults)} | "
-        f"{report.seconds:.0f} s | {report.processor:.0f} s | {slowest} | {report.growth:.0f} MiB | {report.measured} |"
+        f"{report.seconds:.0f} s | {processor} | {slowest} | {report.growth:.0f} MiB | {report.measured} |"
     )
 
 
