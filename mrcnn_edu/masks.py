@@ -154,18 +154,19 @@ def compress(counts: np.ndarray) -> str:
     """Runs as text: each but the first three as the difference to the run two before, five bits to a character."""
     values = counts.copy()
     values[3:] -= counts[1:-2]
-    lengths = np.ones_like(values)
+    lengths = np.ones(len(values), dtype=np.int8)
     for place in range(1, 7):
-        longer = (values >= 1 << (5 * place - 1)) | (values < -1 << (5 * place - 1))
+        limit = 1 << (5 * place - 1)
+        longer = (values >= limit) | (values < -limit)
         if not longer.any():
             break
         lengths += longer
-    ends = np.cumsum(lengths)
-    codes = np.empty(ends[-1], dtype=np.uint8)
-    for place in range(lengths.max()):
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    codes = np.empty(starts[-1] + lengths[-1], dtype=np.uint8)
+    codes[starts] = (values & 31) + np.where(lengths > 1, 80, 48)  # 32, bit 5, beyond '0': more characters follow
+    for place in range(1, lengths.max()):
         rows = np.flatnonzero(lengths > place)
-        more = (lengths[rows] > place + 1) << 5  # bit 5: more characters follow
-        codes[ends[rows] - lengths[rows] + place] = (values[rows] >> (5 * place) & 31 | more) + 48
+        codes[starts[rows] + place] = (values[rows] >> 5 * place & 31) + np.where(lengths[rows] > place + 1, 80, 48)
     return codes.tobytes().decode("ascii")
 
 

@@ -36,7 +36,7 @@ def test_the_short_form(tmp_path: Path):
 
 TESTS = Path(__file__).parent
 ERROR_PATHS = ["test_structures.py", "test_ops_checks.py", "test_config.py", "test_masks.py", "test_data_faults.py",
-               "test_boxes.py", "test_matching.py", "test_weights.py", "test_visualize.py"]  # fmt: skip
+               "test_boxes.py", "test_matching.py"]  # fmt: skip
 
 
 def test_error_paths_without_asserts(tmp_path: Path):
@@ -46,7 +46,7 @@ def test_error_paths_without_asserts(tmp_path: Path):
     files = [str(TESTS / name) for name in ERROR_PATHS]
     words = "refused or bad or wrong or error or raise or strict or lenient or reject or only or needs or must or none"
     pytest_o = [sys.executable, "-O", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(TESTS.parent)]
-    options = {"capture_output": True, "text": True, "timeout": 300, "env": ENVIRONMENT | {"OMP_NUM_THREADS": "1"}}
+    options = {"capture_output": True, "text": True, "timeout": 580, "env": ENVIRONMENT | {"OMP_NUM_THREADS": "1"}}
     fails = subprocess.run([*pytest_o, str(control)], **options)
     assert fails.returncode == 1 and "still asserted" in fails.stdout, fails.stdout
     done = subprocess.run([*pytest_o, "-k", words, *files], **options)

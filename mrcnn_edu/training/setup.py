@@ -183,9 +183,10 @@ def open_folder(folder: Path, resume: bool) -> None:
 
 def choose_device(device: torch.device | str | None, world: World = ALONE) -> torch.device:
     """The device asked for, or the GPU if there is one; among several processes of a host each has its own GPU."""
+    asked = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (TypeError, RuntimeError) as error:
+        chosen = torch.device(asked)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"device must be None or a name such as 'cpu', 'cuda' or 'cuda:1', got {device!r}") from error
     if chosen.type != "cuda":
         return chosen

@@ -1,6 +1,6 @@
 """The long form: every area in full, or what was asked for; figures go to ``benchmarks/results/torture.{json,md}``.
 
-python tests/torture                           # everything, about an hour on two cores
+python tests/torture                           # everything, less than two hours on two cores
 python tests/torture masks ops --minutes 4     # go on with these where the figures' file says they stopped
 python tests/torture masks --case 4711         # repeat one case, in this process
 """
@@ -42,10 +42,10 @@ def main() -> int:
         return repeat(chosen[0], options.case)
     until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
     file = (options.out or HERE.parent.parent / "benchmarks" / "results") / "torture.json"
-    known = figures.read(file) if options.minutes else {}
+    known = figures.read(file)  # of other areas their rows stay
     for area in chosen:
         aim = area.short if options.short else area.full
-        done = known.get(area.name, harness.Report())
+        done = known.get(area.name, harness.Report()) if options.minutes else harness.Report()
         if time.monotonic() < until:
             done = figures.joined(done, harness.run(area, range(done.cases, aim), options.jobs, until))
         known[area.name] = done

@@ -10,6 +10,7 @@ which it hangs does not count while its process waits for a processor.
 
 from __future__ import annotations
 
+import datetime
 import faulthandler
 import json
 import mmap
@@ -67,6 +68,8 @@ class Report:
     outcomes: Counter[str] = field(default_factory=Counter)
     faults: list[dict] = field(default_factory=list)
     seconds: float = 0.0
+    processor: float = 0.0  # seconds of processor time, of all processes
+    measured: str = ""  # on which day, and which version
     slowest: tuple[float, int] = (0.0, -1)  # seconds of processor time, case
     growth: float = 0.0  # MiB, of the process that grew most
 
@@ -92,8 +95,9 @@ def refused(error: Exception) -> str:
 
 def run(area: Area, cases: range, jobs: int = 1, until: float = float("inf")) -> Report:
     """Run cases; stop starting new processes at ``until`` (monotonic). The report says how many were run."""
-    report, began = Report(), time.monotonic()
-    looked = began
+    report = Report(measured=f"{datetime.date.today()}, {mrcnn_edu.__version__}")
+    looked = began = time.monotonic()
+    used = _children()
     waiting = deque(range(first, min(first + area.chunk, cases.stop)) for first in cases[:: area.chunk])
     running: list[_Child] = []
     while waiting or running:
@@ -116,7 +120,7 @@ def run(area: Area, cases: range, jobs: int = 1, until: float = float("inf")) ->
                 parts = (range(child.cases.start, done[0]), range(done[0] + 1, child.cases.stop))
                 waiting.extendleft(part for part in reversed(parts) if part)
         time.sleep(0.002)
-    report.seconds = time.monotonic() - began
+    report.seconds, report.processor = time.monotonic() - began, _children() - used
     return report
 
 
@@ -221,6 +225,12 @@ def _counted(values: dict) -> dict:
     if "outcomes" not in values:
         return values
     return values | {"outcomes": Counter(values["outcomes"]), "slowest": tuple(values["slowest"])}
+
+
+def _children() -> float:
+    """Seconds of processor time of all children that have ended, and of theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _waited(pid: int | str) -> float:
