@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from machine import described, in_words, write
+from machine import conditions, described, in_words, write
 from PIL import Image
 from pycocotools.coco import COCO
 from torchvision import tv_tensors
@@ -117,6 +117,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         generate(folder)
+        before = conditions()
         sides = {"torchvision": theirs(folder), "mrcnn_edu": ours(folder)}
         seconds: dict[str, list[float]] = {side: [] for side in sides}
         for number in range(options.rounds + 1):
@@ -129,6 +130,8 @@ def main() -> None:
     report = described() | {
         "images": IMAGES,
         "rounds": options.rounds,
+        "before": before,
+        "after": conditions(),
         "ms_per_image": {side: round(1000 * statistics.median(values), 1) for side, values in seconds.items()},
         "images_per_second": {side: round(1 / statistics.median(values), 1) for side, values in seconds.items()},
         "ratio": round(statistics.median(ratios), 2),
@@ -143,8 +146,9 @@ def page(report: dict) -> str:
         f"| {side} | {report['ms_per_image'][side]} | {rate} |" for side, rate in report["images_per_second"].items()
     )
     return (
-        f"# From files to a batch, on one core\n\n{in_words(report)}. Written by benchmarks/pipeline.py, which says "
-        f"what both do.\n\n| | ms per image | images per second |\n|---|---|---|\n{rows}\n\n"
+        f"# From files to a batch, on one core\n\n{in_words(report)}. Load {report['before']['load']} before and "
+        f"{report['after']['load']} after. Written by benchmarks/pipeline.py, which says what both do.\n\n"
+        f"| | ms per image | images per second |\n|---|---|---|\n{rows}\n\n"
         f"Ratio {report['ratio']} ({report['range'][0]} to {report['range'][1]} in {report['rounds']} rounds of "
         f"{report['images']} images; aim: 2).\n"
     )

@@ -150,12 +150,13 @@ class ImageBatch:
             _check_sizes("original_sizes", original_sizes)
         height = -(-max(h for h, _ in sizes) // multiple) * multiple
         width = -(-max(w for _, w in sizes) // multiple) * multiple
-        pixels = torch.zeros(len(images), 3, height, width, device=images[0].device)
+        pixels = torch.empty(len(images), 3, height, width, device=images[0].device)
         for padded, image, (h, w) in zip(pixels, images, sizes):
-            if image.is_floating_point():
-                padded[:, :h, :w] = image
-            else:
-                torch.div(image, 255, out=padded[:, :h, :w])  # converted and divided in one pass over the memory
+            padded[:, :h, :w] = image
+            if not image.is_floating_point():
+                padded[:, :h, :w].div_(255)
+            padded[:, h:] = 0  # only what is padding, mostly little of the batch
+            padded[:, :, w:] = 0
         return cls(pixels, sizes, list(original_sizes) if original_sizes is not None else sizes)
 
 
