@@ -20,8 +20,9 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from mrcnn_edu import ops
-from mrcnn_edu.config import TrainConfig, model_config
+from mrcnn_edu.config import TrainConfig
 from mrcnn_edu.models import mask_rcnn
+from mrcnn_edu.presets import model_config
 from mrcnn_edu.structures import ImageBatch, Target
 from mrcnn_edu.training.schedule import build_optimiser
 from mrcnn_edu.weights import load_torchvision

@@ -10,11 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mrcnn_edu.config import Config, DataConfig, ModelConfig, TrainConfig, preset
+    from mrcnn_edu.config import Config, DataConfig, ModelConfig, TrainConfig
     from mrcnn_edu.data.coco import CocoDataset
     from mrcnn_edu.evaluation.coco import evaluate
     from mrcnn_edu.inference import predict
     from mrcnn_edu.models.mask_rcnn import build_model
+    from mrcnn_edu.presets import preset
     from mrcnn_edu.structures import Detections, ImageBatch, Proposals, Samples, Target
     from mrcnn_edu.training.export import load_model
     from mrcnn_edu.training.loop import train
@@ -43,11 +44,12 @@ __all__ = [
 ]
 
 _HOME = {
-    "config": ("Config", "DataConfig", "ModelConfig", "TrainConfig", "preset"),
+    "config": ("Config", "DataConfig", "ModelConfig", "TrainConfig"),
     "data.coco": ("CocoDataset",),
     "evaluation.coco": ("evaluate",),
     "inference": ("predict",),
     "models.mask_rcnn": ("build_model",),
+    "presets": ("preset",),
     "structures": ("Detections", "ImageBatch", "Proposals", "Samples", "Target"),
     "training.export": ("load_model",),
     "training.loop": ("train",),

@@ -24,17 +24,10 @@ from tyro.conf import Positional, arg
 from tyro.extras import subcommand_cli_from_dict
 
 from mrcnn_edu.cli_tools import DEMO_WEIGHTS, Check, Convert, Export, Flag
-from mrcnn_edu.config import (
-    CONVENTIONS,
-    PRESETS,
-    Config,
-    DataConfig,
-    ModelConfig,
-    TrainConfig,
-    from_json,
-    lookup,
-    preset,
-)
+from mrcnn_edu.config import Config, DataConfig, ModelConfig, TrainConfig
+from mrcnn_edu.conventions import CONVENTIONS
+from mrcnn_edu.fields import from_json, lookup
+from mrcnn_edu.presets import PRESETS, preset
 
 DESCRIPTION = """Mask R-CNN, exact and readable: train it, measure it, use it.
 

@@ -18,7 +18,7 @@ from mrcnn_edu import demo as demo_run
 from mrcnn_edu import ops
 from mrcnn_edu.augmentation import Augmentation
 from mrcnn_edu.cli import Demo, Evaluate, Predict, Train
-from mrcnn_edu.config import Config, DataConfig, ModelConfig, TrainConfig, for_categories
+from mrcnn_edu.config import Config, DataConfig, ModelConfig, TrainConfig
 from mrcnn_edu.data.cityscapes import CityscapesDataset
 from mrcnn_edu.data.coco import CategoryMap, CocoDataset, flip_pairs, read_image
 from mrcnn_edu.data.layouts import find_split, open_dataset, with_folder
@@ -35,6 +35,7 @@ from mrcnn_edu.models.unshared import Unshared
 from mrcnn_edu.ops import paste_masks
 from mrcnn_edu.pictures import find_pictures, picture_names
 from mrcnn_edu.planning import training_plan
+from mrcnn_edu.presets import for_categories
 from mrcnn_edu.published import (
     imagenet_state,
     is_published,

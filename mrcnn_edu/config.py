@@ -1,181 +1,19 @@
-"""Every number of a run, in frozen dataclasses: ``ModelConfig``, ``DataConfig``, ``TrainConfig``, and named presets.
+"""Every number of a run, in frozen dataclasses: ``ModelConfig``, ``DataConfig`` and ``TrainConfig`` in a ``Config``.
 
 Chapter 12 (the whole model) and Chapter 13 (training). Paper: Sections 3.1 and 5, Appendices A and B.
 
-Each field says its unit and, where it is not obvious, its source. Values are checked when they are set, so a mistake
-is reported where it was made. A preset states only what differs from the defaults.
+Each field says its unit and, where it is not obvious, its source. The defaults are the paper's Mask R-CNN with
+ResNet-50-FPN; named runs are in ``presets``, what codes decide differently in ``conventions``.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
-if TYPE_CHECKING:
-    from mrcnn_edu.data.coco import CategoryMap
-
-
-def lookup(kind: str, table: dict[str, Any], name: str) -> Any:
-    """``table[name]``, or a ValueError that names what there is and what was probably meant."""
-    if isinstance(name, str) and name in table:
-        return table[name]
-    near = difflib.get_close_matches(str(name), table, n=1, cutoff=0.4)
-    hint = f", did you mean {near[0]!r}?" if near else "."
-    raise ValueError(f"unknown {kind} {name!r}{hint} Known: {', '.join(table)}")
-
-
-def _require(condition: bool, config: Any, name: str, allowed: str) -> None:
-    if not condition:
-        raise ValueError(f"{type(config).__name__}.{name} must be {allowed}, got {getattr(config, name)!r}")
-
-
-def _check_types(config: Any) -> None:
-    """Each field must hold what its annotation says; a type checker knows, a JSON file or a notebook does not."""
-    for name, hint in get_type_hints(type(config)).items():
-        value, choices = getattr(config, name), get_args(hint)
-        if _fits(value, hint):
-            continue
-        if get_origin(hint) is Literal:
-            _require(all(isinstance(c, str) for c in choices), config, name, " or ".join(map(str, choices)))
-            lookup(f"{type(config).__name__}.{name}", {c: c for c in choices}, str(value))
-        wanted = re.sub(r"mrcnn_edu\.config\.", "", hint.__name__ if isinstance(hint, type) else str(hint))
-        raise TypeError(f"{type(config).__name__}.{name} must be {wanted}, got {value!r}")
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Is this a value of that type? A whole number is a float as well, True is no number, a list no tuple."""
-    origin, parts = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return any(type(value) is type(choice) and value == choice for choice in parts)
-    if origin is tuple:
-        parts = parts[:1] * len(value) if isinstance(value, tuple) and parts[-1] is ... else parts
-        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
-    if origin is not None:  # one of several
-        return any(_fits(value, part) for part in parts)
-    if hint in (int, float):
-        return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the paper leaves open
-# ---------------------------------------------------------------------------------------------------------------------
-
-PixelRange = Literal[1, 255]
-
-
-@dataclass(frozen=True)
-class Conventions:
-    """What the paper does not fix and every implementation decided for itself.
-
-    The defaults are the ``paper`` preset: the paper's words where it has some, the plainest choice where it has none.
-    """
-
-    # Pixels -------------------------------------------------------------------------------------------
-    channel_order: Literal["rgb", "bgr"] = "rgb"  # the order in which the network sees the three channels
-    pixel_range: PixelRange = 1  # the network sees 0..1 or 0..255; mean and std are in this range
-    pixel_mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # in channel_order
-    pixel_std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    # Backbone -----------------------------------------------------------------------------------------
-    stride_in: Literal["1x1", "3x3"] = "1x1"  # which conv of a bottleneck has the stride; 1x1 in He et al. [19]
-    frozen_norm_eps: float = 1e-5  # added to the variance of a frozen batch norm
-    # Anchors ------------------------------------------------------------------------------------------
-    anchor_rounding: Literal["none", "corners", "grid"] = "none"  # "corners": to whole pixels; "grid": as Detectron
-    anchor_stride: Literal["level", "image/grid"] = "level"  # "image/grid": height // rows, 61 instead of 64 at times
-    straddle: float | None = None  # anchors further outside the image than this (px) are not trained; None: all are
-    # Boxes --------------------------------------------------------------------------------------------
-    plus_one: bool = False  # widths are x2 - x1 + 1 in the box coder
-    proposal_min_size: float = 0.0  # proposals narrower than this (px) are dropped
-    detection_min_size: float = 0.0  # final boxes narrower than this (px) are dropped
-    crowd_overlap: float | None = 0.7  # negatives with this share inside a crowd region are ignored; None: crowd unused
-    # RoI features -------------------------------------------------------------------------------------
-    level_rule: Literal["plain", "inside", "outside"] = "plain"  # place of epsilon: floor(4 + log2(s/224 + in)) + out
-    level_epsilon: float = 0.0
-    aligned: bool = True  # subtract the half pixel between a pixel's index and its centre
-    samples_per_bin: int = 2  # per side, so 2 means the paper's four points; 0 adapts to the bin's size
-    # Losses -------------------------------------------------------------------------------------------
-    rpn_box_beta: float = 1.0  # where smooth L1 turns from square to linear; 0 is plain L1
-    box_beta: float = 1.0
-    rpn_loss_divisor: Literal["sampled", "batch"] = "sampled"  # anchors really drawn, or rpn.batch_per_image x images
-    # Masks and keypoints ------------------------------------------------------------------------------
-    mask_target: Literal["binary", "soft"] = "binary"  # cells at least half covered; the covered share
-    mask_target_aligned: bool = True  # as ``aligned``, for cutting the target out of the ground-truth mask
-    paste: Literal["continuous", "integer"] = "continuous"  # "integer": boxes grow by (M+2)/M, then are rounded
-    keypoint_rois: Literal["visible", "all"] = "visible"  # positives that train the keypoint head
-    # Classes and optimiser ----------------------------------------------------------------------------
-    background: Literal["first", "last"] = "first"  # the background's place in *published* weights; here it is always 0
-    bias_lr_factor: float = 1.0  # learning rate of biases relative to weights
-    bias_decay: bool = True  # are biases subject to weight decay
-
-    def __post_init__(self) -> None:
-        _check_types(self)
-        _require(all(s > 0 for s in self.pixel_std), self, "pixel_std", "three positive numbers")
-        _require(self.samples_per_bin >= 0, self, "samples_per_bin", "0 (adaptive) or a positive number")
-        _require(self.rpn_box_beta >= 0, self, "rpn_box_beta", "at least 0")
-        _require(self.box_beta >= 0, self, "box_beta", "at least 0")
-        _require(self.frozen_norm_eps >= 0, self, "frozen_norm_eps", "at least 0")
-
-
-PAPER = Conventions()
-
-# Facebook's own Caffe2 code, released with the paper.
-DETECTRON1 = Conventions(
-    channel_order="bgr",
-    pixel_range=255,
-    pixel_mean=(102.9801, 115.9465, 122.7717),
-    pixel_std=(1.0, 1.0, 1.0),
-    anchor_rounding="grid",
-    straddle=0.0,
-    plus_one=True,
-    proposal_min_size=1.0,
-    level_rule="inside",
-    level_epsilon=1e-6,
-    aligned=False,
-    rpn_box_beta=1 / 9,
-    rpn_loss_divisor="batch",
-    paste="integer",
-    bias_lr_factor=2.0,
-    bias_decay=False,
-)
-
-DETECTRON2 = Conventions(
-    channel_order="bgr",
-    pixel_range=255,
-    pixel_mean=(103.53, 116.28, 123.675),
-    pixel_std=(1.0, 1.0, 1.0),
-    crowd_overlap=None,
-    level_rule="inside",
-    level_epsilon=1e-8,
-    samples_per_bin=0,
-    rpn_box_beta=0.0,
-    box_beta=0.0,
-    rpn_loss_divisor="batch",
-    background="last",
-)  # its "binary" mask targets are those it has for bitmaps; polygons it draws at M x M, and so does Detectron
-
-TORCHVISION = Conventions(
-    stride_in="3x3",
-    anchor_rounding="corners",
-    anchor_stride="image/grid",
-    proposal_min_size=1e-3,
-    detection_min_size=1e-2,
-    crowd_overlap=None,
-    level_rule="outside",
-    level_epsilon=1e-6,
-    aligned=False,
-    rpn_box_beta=1 / 9,
-    box_beta=1 / 9,
-    mask_target="soft",
-    mask_target_aligned=False,
-    paste="integer",
-    keypoint_rois="all",
-)
-
-CONVENTIONS = {"paper": PAPER, "detectron1": DETECTRON1, "detectron2": DETECTRON2, "torchvision": TORCHVISION}
-
+from mrcnn_edu.conventions import PAPER, Conventions
+from mrcnn_edu.fields import check_types, require
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The model
@@ -205,17 +43,15 @@ class BackboneConfig:
     roi_level_size: float = 224.0  # px; a roi of this size is read from p4, half of it from p3 (FPN [27], equation 1)
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(self.width >= 1, self, "width", "at least 1")
-        _require(0 <= self.frozen_stages <= 5, self, "frozen_stages", "0 to 5")
-        _require(self.channels >= 1, self, "channels", "at least 1")
-        _require(self.roi_level_size > 0, self, "roi_level_size", "a positive number of pixels")
+        check_types(self)
+        require(self.width >= 1, self, "width", "at least 1")
+        require(0 <= self.frozen_stages <= 5, self, "frozen_stages", "0 to 5")
+        require(self.channels >= 1, self, "channels", "at least 1")
+        require(self.roi_level_size > 0, self, "roi_level_size", "a positive number of pixels")
         known = ("p2", "p3", "p4", "p5", "p6")
         run = self.levels and self.levels[0] in known and known[known.index(self.levels[0]) :][: len(self.levels)]
-        _require(
-            bool(run) and tuple(run) == self.levels, self, "levels", "consecutive levels out of p2, p3, p4, p5, p6"
-        )
-        _require("p5" in self.levels, self, "levels", "a run of levels that includes p5")
+        require(bool(run) and tuple(run) == self.levels, self, "levels", "consecutive levels out of p2, p3, p4, p5, p6")
+        require("p5" in self.levels, self, "levels", "a run of levels that includes p5")
 
     @property
     def maps(self) -> tuple[str, ...]:
@@ -239,26 +75,26 @@ class RPNConfig:
     nms_threshold: float = 0.7  # IoU, within one level
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(all(s > 0 for sizes in self.anchor_sizes for s in sizes), self, "anchor_sizes", "positive pixel sizes")
-        _require(
+        check_types(self)
+        require(all(s > 0 for sizes in self.anchor_sizes for s in sizes), self, "anchor_sizes", "positive pixel sizes")
+        require(
             len(self.anchor_ratios) > 0 and all(r > 0 for r in self.anchor_ratios),
             self,
             "anchor_ratios",
             "positive ratios",
         )
-        _require(
+        require(
             0 <= self.negative_iou <= self.positive_iou <= 1,
             self,
             "negative_iou",
             "0 <= negative_iou <= positive_iou <= 1",
         )
-        _require(self.convs >= 1, self, "convs", "at least 1")
-        _require(self.batch_per_image >= 1, self, "batch_per_image", "at least 1")
-        _require(0 <= self.positive_fraction <= 1, self, "positive_fraction", "0 to 1")
-        _require(min(self.pre_nms) >= 1, self, "pre_nms", "two counts of at least 1")
-        _require(min(self.post_nms) >= 1, self, "post_nms", "two counts of at least 1")
-        _require(0 <= self.nms_threshold <= 1, self, "nms_threshold", "0 to 1")
+        require(self.convs >= 1, self, "convs", "at least 1")
+        require(self.batch_per_image >= 1, self, "batch_per_image", "at least 1")
+        require(0 <= self.positive_fraction <= 1, self, "positive_fraction", "0 to 1")
+        require(min(self.pre_nms) >= 1, self, "pre_nms", "two counts of at least 1")
+        require(min(self.post_nms) >= 1, self, "post_nms", "two counts of at least 1")
+        require(0 <= self.nms_threshold <= 1, self, "nms_threshold", "0 to 1")
 
 
 RoILayer = Literal["roi_align", "roi_warp", "roi_pool"]
@@ -296,18 +132,18 @@ class BoxHeadConfig:
     detections_per_image: int = 100
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(self.rois_per_image >= 1, self, "rois_per_image", "at least 1")
-        _require(0 <= self.positive_fraction <= 1, self, "positive_fraction", "0 to 1")
-        _require(0 <= self.positive_iou <= 1, self, "positive_iou", "0 to 1")
-        _require(0 <= self.hardest_nms <= 1, self, "hardest_nms", "0 to 1")
-        _require(self.pooled_size >= 1, self, "pooled_size", "at least 1")
-        _require(all(w >= 1 for w in self.fc), self, "fc", "positive widths")
-        _require(all(w >= 1 for w in self.convs), self, "convs", "positive widths")
-        _require(all(w > 0 for w in self.delta_weights), self, "delta_weights", "four positive numbers")
-        _require(0 <= self.score_threshold <= 1, self, "score_threshold", "0 to 1")
-        _require(0 <= self.nms_threshold <= 1, self, "nms_threshold", "0 to 1")
-        _require(self.detections_per_image >= 1, self, "detections_per_image", "at least 1")
+        check_types(self)
+        require(self.rois_per_image >= 1, self, "rois_per_image", "at least 1")
+        require(0 <= self.positive_fraction <= 1, self, "positive_fraction", "0 to 1")
+        require(0 <= self.positive_iou <= 1, self, "positive_iou", "0 to 1")
+        require(0 <= self.hardest_nms <= 1, self, "hardest_nms", "0 to 1")
+        require(self.pooled_size >= 1, self, "pooled_size", "at least 1")
+        require(all(w >= 1 for w in self.fc), self, "fc", "positive widths")
+        require(all(w >= 1 for w in self.convs), self, "convs", "positive widths")
+        require(all(w > 0 for w in self.delta_weights), self, "delta_weights", "four positive numbers")
+        require(0 <= self.score_threshold <= 1, self, "score_threshold", "0 to 1")
+        require(0 <= self.nms_threshold <= 1, self, "nms_threshold", "0 to 1")
+        require(self.detections_per_image >= 1, self, "detections_per_image", "at least 1")
 
 
 @dataclass(frozen=True)
@@ -327,13 +163,13 @@ class MaskHeadConfig:
     rois_per_image: int | None = None  # at most so many positives train the branch; None: all of them
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(self.pooled_size >= 1, self, "pooled_size", "at least 1")
-        _require(all(c >= 1 for c in self.convs), self, "convs", "positive widths")
-        _require(self.deconv is None or self.deconv >= 1, self, "deconv", "None or at least 1")
-        _require(len(self.fc) >= 1 and all(w >= 1 for w in self.fc), self, "fc", "one or more positive widths")
-        _require(self.size >= 1, self, "size", "at least 1")
-        _require(self.rois_per_image is None or self.rois_per_image >= 1, self, "rois_per_image", "None or at least 1")
+        check_types(self)
+        require(self.pooled_size >= 1, self, "pooled_size", "at least 1")
+        require(all(c >= 1 for c in self.convs), self, "convs", "positive widths")
+        require(self.deconv is None or self.deconv >= 1, self, "deconv", "None or at least 1")
+        require(len(self.fc) >= 1 and all(w >= 1 for w in self.fc), self, "fc", "one or more positive widths")
+        require(self.size >= 1, self, "size", "at least 1")
+        require(self.rois_per_image is None or self.rois_per_image >= 1, self, "rois_per_image", "None or at least 1")
 
 
 @dataclass(frozen=True)
@@ -349,12 +185,12 @@ class KeypointHeadConfig:
     rois_per_image: int | None = None  # at most so many positives train the branch; None: all of them
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(self.joints >= 1, self, "joints", "at least 1")
-        _require(all(label >= 1 for label in self.labels), self, "labels", "class labels of at least 1")
-        _require(self.pooled_size >= 1, self, "pooled_size", "at least 1")
-        _require(len(self.convs) >= 1 and all(c >= 1 for c in self.convs), self, "convs", "one or more positive widths")
-        _require(self.rois_per_image is None or self.rois_per_image >= 1, self, "rois_per_image", "None or at least 1")
+        check_types(self)
+        require(self.joints >= 1, self, "joints", "at least 1")
+        require(all(label >= 1 for label in self.labels), self, "labels", "class labels of at least 1")
+        require(self.pooled_size >= 1, self, "pooled_size", "at least 1")
+        require(len(self.convs) >= 1 and all(c >= 1 for c in self.convs), self, "convs", "one or more positive widths")
+        require(self.rois_per_image is None or self.rois_per_image >= 1, self, "rois_per_image", "None or at least 1")
 
 
 @dataclass(frozen=True)
@@ -371,8 +207,8 @@ class ModelConfig:
     head_norm: Literal["none", "batch", "group"] = "none"  # after each layer of pyramid and heads; layer norm for fc
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(self.classes >= 1, self, "classes", "at least 1 foreground class")
+        check_types(self)
+        require(self.classes >= 1, self, "classes", "at least 1 foreground class")
         levels, sizes = self.backbone.maps, len(self.rpn.anchor_sizes)
         if len(levels) != sizes:
             raise ValueError(
@@ -410,14 +246,14 @@ class DataConfig:
     strict: bool = True  # refuse an inconsistent annotation file; False drops the faulty parts and reports them
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(len(self.min_size) >= 1 and min(self.min_size) >= 1, self, "min_size", "one or more positive sizes")
-        _require(self.max_size >= max(self.min_size), self, "max_size", "at least the largest min_size")
-        _require(1 <= self.test_size <= self.max_size, self, "test_size", "1 to max_size")
-        _require(0 <= self.flip <= 1, self, "flip", "a probability")
-        _require(0 <= self.channel_shuffle <= 1, self, "channel_shuffle", "a probability")
-        _require(self.group >= 1, self, "group", "at least 1 (no grouping)")
-        _require(self.workers >= 0, self, "workers", "0 or more")
+        check_types(self)
+        require(len(self.min_size) >= 1 and min(self.min_size) >= 1, self, "min_size", "one or more positive sizes")
+        require(self.max_size >= max(self.min_size), self, "max_size", "at least the largest min_size")
+        require(1 <= self.test_size <= self.max_size, self, "test_size", "1 to max_size")
+        require(0 <= self.flip <= 1, self, "flip", "a probability")
+        require(0 <= self.channel_shuffle <= 1, self, "channel_shuffle", "a probability")
+        require(self.group >= 1, self, "group", "at least 1 (no grouping)")
+        require(self.workers >= 0, self, "workers", "0 or more")
 
 
 @dataclass(frozen=True)
@@ -432,9 +268,9 @@ class LossWeights:
     keypoint: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_types(self)
+        check_types(self)
         for weight in fields(self):
-            _require(0 <= getattr(self, weight.name) < math.inf, self, weight.name, "at least 0")
+            require(0 <= getattr(self, weight.name) < math.inf, self, weight.name, "at least 0")
 
 
 @dataclass(frozen=True)
@@ -469,23 +305,23 @@ class TrainConfig:
     checkpoint_every: int = 2500  # iterations
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(self.iterations >= 1, self, "iterations", "at least 1")
-        _require(self.batch_size >= 1, self, "batch_size", "at least 1")
-        _require(self.accumulate >= 1, self, "accumulate", "at least 1")
-        _require(0 < self.learning_rate < math.inf, self, "learning_rate", "a positive number")
-        _require(0 <= self.momentum < 1, self, "momentum", "0 <= momentum < 1")
-        _require(all(0 <= b < 1 for b in self.betas), self, "betas", "two numbers in [0, 1)")
-        _require(0 <= self.weight_decay < math.inf, self, "weight_decay", "at least 0")
-        _require(list(self.steps) == sorted(set(self.steps)), self, "steps", "increasing iterations")
-        _require(0 < self.gamma <= 1, self, "gamma", "0 < gamma <= 1")
-        _require(self.warmup_iterations >= 0, self, "warmup_iterations", "0 or more")
-        _require(0 < self.warmup_factor <= 1, self, "warmup_factor", "0 < factor <= 1")
-        _require(self.clip_norm is None or self.clip_norm > 0, self, "clip_norm", "None or a positive number")
-        _require(0 <= self.average < 1, self, "average", "0 (off) to below 1")
-        _require(self.log_every >= 1, self, "log_every", "at least 1")
+        check_types(self)
+        require(self.iterations >= 1, self, "iterations", "at least 1")
+        require(self.batch_size >= 1, self, "batch_size", "at least 1")
+        require(self.accumulate >= 1, self, "accumulate", "at least 1")
+        require(0 < self.learning_rate < math.inf, self, "learning_rate", "a positive number")
+        require(0 <= self.momentum < 1, self, "momentum", "0 <= momentum < 1")
+        require(all(0 <= b < 1 for b in self.betas), self, "betas", "two numbers in [0, 1)")
+        require(0 <= self.weight_decay < math.inf, self, "weight_decay", "at least 0")
+        require(list(self.steps) == sorted(set(self.steps)), self, "steps", "increasing iterations")
+        require(0 < self.gamma <= 1, self, "gamma", "0 < gamma <= 1")
+        require(self.warmup_iterations >= 0, self, "warmup_iterations", "0 or more")
+        require(0 < self.warmup_factor <= 1, self, "warmup_factor", "0 < factor <= 1")
+        require(self.clip_norm is None or self.clip_norm > 0, self, "clip_norm", "None or a positive number")
+        require(0 <= self.average < 1, self, "average", "0 (off) to below 1")
+        require(self.log_every >= 1, self, "log_every", "at least 1")
         for name in ("evaluate_every", "validate_every", "checkpoint_every"):
-            _require(getattr(self, name) >= 0, self, name, "0 (never) or a positive number")
+            require(getattr(self, name) >= 0, self, name, "0 (never) or a positive number")
 
 
 @dataclass(frozen=True)
@@ -497,225 +333,4 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        _check_types(self)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Presets
-# ---------------------------------------------------------------------------------------------------------------------
-
-# One map: 5 scales x 3 ratios in every cell; 300 proposals at test time (Section 3.1). The other counts are those of
-# the released code: the paper has none.
-_ONE_MAP = RPNConfig(anchor_sizes=((32, 64, 128, 256, 512),), pre_nms=(12_000, 6000), post_nms=(2000, 300))
-
-# Figure 4, left, with 64 rois per image and the NMS of Section 4.
-_C4 = ModelConfig(
-    backbone=BackboneConfig(features="c4"),
-    rpn=_ONE_MAP,
-    box=BoxHeadConfig(rois_per_image=64, pooled_size=7, res5_stride=1, fc=(), nms_threshold=0.3),
-    mask=MaskHeadConfig(pooled_size=7, convs=(), deconv=256),
-)
-# Section 4.2: stride 32 and the head of Figure 4, right. How many rois and proposals is not said: as for C4, the other
-# model with one map.
-_C5 = ModelConfig(
-    backbone=BackboneConfig(features="c5"),
-    rpn=_ONE_MAP,
-    box=BoxHeadConfig(rois_per_image=64, nms_threshold=0.3),
-)
-# What Detectron and detectron2 make of C4 (detectron2 also of DC5): larger rois and a stride of 2, 512 rois, 1000
-# proposals, NMS at 0.5.
-_RELEASED_ONE_MAP = replace(_ONE_MAP, post_nms=(2000, 1000))
-_RELEASED_C4 = replace(
-    _C4,
-    rpn=_RELEASED_ONE_MAP,
-    box=BoxHeadConfig(pooled_size=14, res5_stride=2, fc=()),
-    mask=MaskHeadConfig(pooled_size=14, convs=(), deconv=256),
-)
-_RELEASED_DC5 = ModelConfig(backbone=BackboneConfig(features="dc5"), rpn=_RELEASED_ONE_MAP)
-_DETECTRON2_RPN = RPNConfig(post_nms=(1000, 1000))
-_DETECTRON2_RESNEXT = replace(DETECTRON2, pixel_std=(57.375, 57.12, 58.395))
-_PERSON = ModelConfig(classes=1, mask=None, keypoint=KeypointHeadConfig())  # Section 5
-_DETECTRON2_PERSON = replace(_PERSON, rpn=RPNConfig(post_nms=(1500, 1000)))
-_DETECTRON2_PERSON_RULES = replace(DETECTRON2, box_beta=0.5)
-
-
-def _with(model: ModelConfig, architecture: Architecture, conventions: Conventions = PAPER) -> ModelConfig:
-    return replace(model, backbone=replace(model.backbone, architecture=architecture), conventions=conventions)
-
-
-MODELS = {
-    # The paper's models ------------------------------------------------------------------------------
-    "maskrcnn_resnet50_fpn": ModelConfig(),
-    "maskrcnn_resnet101_fpn": _with(ModelConfig(), "resnet101"),
-    "maskrcnn_resnext101_32x8d_fpn": _with(ModelConfig(), "resnext101_32x8d"),
-    "maskrcnn_resnext101_64x4d_fpn": _with(ModelConfig(), "resnext101_64x4d"),
-    "maskrcnn_resnext152_32x8d_fpn": _with(ModelConfig(), "resnext152_32x8d"),  # Appendix B, "deeper"
-    "maskrcnn_resnext152_32x8d_fpn_nonlocal": ModelConfig(
-        backbone=BackboneConfig(architecture="resnext152_32x8d", non_local=True)
-    ),
-    "maskrcnn_resnet50_c4": _C4,
-    "maskrcnn_resnet101_c4": _with(_C4, "resnet101"),
-    "maskrcnn_resnet50_c5": _C5,
-    "fasterrcnn_resnet50_fpn": ModelConfig(mask=None),
-    "fasterrcnn_resnet101_fpn": replace(_with(ModelConfig(), "resnet101"), mask=None),  # Table 3
-    "keypointrcnn_resnet50_fpn": _PERSON,
-    "keypointrcnn_resnet101_fpn": _with(_PERSON, "resnet101"),
-    "keypointrcnn_resnext101_32x8d_fpn": _with(_PERSON, "resnext101_32x8d"),
-    "maskkeypointrcnn_resnet50_fpn": replace(_PERSON, mask=MaskHeadConfig()),  # Table 5, both branches
-    # As their weights were published; ``weights.load_detectron2`` and ``load_detectron`` read them ---------
-    "maskrcnn_resnet50_c4_detectron1": _with(_RELEASED_C4, "resnet50", replace(DETECTRON1, samples_per_bin=0)),
-    "maskrcnn_resnet50_fpn_detectron1": _with(ModelConfig(), "resnet50", DETECTRON1),
-    "maskrcnn_resnet101_fpn_detectron1": _with(ModelConfig(), "resnet101", DETECTRON1),
-    "maskrcnn_resnext101_32x8d_fpn_detectron1": _with(ModelConfig(), "resnext101_32x8d", DETECTRON1),
-    "maskrcnn_resnext101_64x4d_fpn_detectron1": _with(ModelConfig(), "resnext101_64x4d", DETECTRON1),
-    "keypointrcnn_resnet50_fpn_detectron1": _with(_PERSON, "resnet50", DETECTRON1),
-    "maskrcnn_resnet50_c4_detectron2": _with(_RELEASED_C4, "resnet50", DETECTRON2),
-    "maskrcnn_resnet50_dc5_detectron2": _with(_RELEASED_DC5, "resnet50", DETECTRON2),
-    "maskrcnn_resnet50_fpn_detectron2": _with(ModelConfig(rpn=_DETECTRON2_RPN), "resnet50", DETECTRON2),
-    "maskrcnn_resnet101_fpn_detectron2": _with(ModelConfig(rpn=_DETECTRON2_RPN), "resnet101", DETECTRON2),
-    "maskrcnn_resnext101_32x8d_fpn_detectron2": _with(
-        ModelConfig(rpn=_DETECTRON2_RPN), "resnext101_32x8d", _DETECTRON2_RESNEXT
-    ),
-    "keypointrcnn_resnet50_fpn_detectron2": _with(_DETECTRON2_PERSON, "resnet50", _DETECTRON2_PERSON_RULES),
-    "keypointrcnn_resnet101_fpn_detectron2": _with(_DETECTRON2_PERSON, "resnet101", _DETECTRON2_PERSON_RULES),
-    "keypointrcnn_resnext101_32x8d_fpn_detectron2": _with(
-        _DETECTRON2_PERSON, "resnext101_32x8d", replace(_DETECTRON2_RESNEXT, box_beta=0.5)
-    ),
-    # Small enough to train from scratch on two cores in minutes: a ten-layer backbone, three levels, slim heads.
-    "maskrcnn_shapes": ModelConfig(
-        classes=6,
-        # In so short a training the boxes need the steeper loss that most released codes have. And it has no time to
-        # unlearn a shift: a strided 3x3 conv centres cell i on pixel i * stride, which aligned=False takes it for.
-        conventions=replace(PAPER, rpn_box_beta=1 / 9, box_beta=1 / 9, aligned=False),
-        backbone=BackboneConfig(
-            architecture="resnet10",
-            width=32,
-            stem="3x3",
-            norm="group",
-            frozen_stages=0,
-            levels=("p3", "p4", "p5"),
-            channels=64,
-        ),
-        rpn=RPNConfig(anchor_sizes=((20,), (40,), (80,)), pre_nms=(200, 200), post_nms=(80, 80)),
-        box=BoxHeadConfig(rois_per_image=64, fc=(256, 256)),
-        mask=MaskHeadConfig(convs=(64, 64, 64), rois_per_image=3),
-        keypoint=KeypointHeadConfig(joints=7, labels=(6,), convs=(64, 64, 64), rois_per_image=6),
-        head_norm="group",
-    ),
-}
-
-
-# A run by name, as a whole: the paper's schedule (the defaults) wherever nothing else is said.
-PRESETS = {name: Config(model) for name, model in MODELS.items()} | {
-    # Section 5, Implementation Details: shorter sides drawn from 640 to 800 px, 90k iterations.
-    "keypointrcnn_resnet50_fpn": Config(
-        model=MODELS["keypointrcnn_resnet50_fpn"],
-        data=DataConfig(min_size=(640, 672, 704, 736, 768, 800)),
-        train=TrainConfig(iterations=90_000, steps=(60_000, 80_000)),
-    ),
-    # What ``mrcnn-edu demo`` trains: minutes on two cores.
-    "maskrcnn_shapes": Config(
-        model=MODELS["maskrcnn_shapes"],
-        # Tested larger than trained: the same weights find finer boxes, masks and joints (Touvron et al. 2019). Without
-        # workers: where every core trains, they would only take turns with it.
-        data=DataConfig(min_size=(160,), max_size=288, test_size=208, channel_shuffle=0.5, workers=0),
-        train=TrainConfig(
-            iterations=2350,
-            batch_size=4,
-            optimiser="adamw",
-            learning_rate=1e-3,
-            betas=(0.9, 0.98),
-            weight_decay=0.02,
-            schedule="cosine",
-            warmup_iterations=188,
-            # Joints are few and their loss is large: unweighted, it shapes the backbone and the boxes hardly do.
-            loss_weights=LossWeights(rpn_box=3.0, box=2.0, keypoint=0.7),
-            clip_norm=5.0,
-            average=0.998,
-            precision="fp32",  # bf16 takes several times as long on processors without instructions for it
-            checkpoint_every=500,
-        ),
-    ),
-}
-
-
-def preset(name: str, conventions: str | None = None, categories: CategoryMap | None = None) -> Config:
-    """A named run: model, data and training; under the preset's own conventions where none are named.
-
-    With the ``categories`` of a data set the model gets one class for each, and its keypoint branch (if it has one) one
-    joint per keypoint name; the branch is left out when no category has keypoints.
-
-    Raises ValueError for an unknown name, naming the nearest right one.
-    """
-    config = lookup("preset", PRESETS, name)
-    model = config.model
-    if conventions is not None:
-        model = replace(model, conventions=lookup("conventions", CONVENTIONS, conventions))
-    return replace(config, model=model if categories is None else for_categories(model, categories))
-
-
-def for_categories(model: ModelConfig, categories: CategoryMap) -> ModelConfig:
-    """The model with one class per category, and with the keypoint branch that their keypoints need, or none."""
-    keypoint = model.keypoint
-    if keypoint is not None:
-        joints = {label: len(c.keypoints) for label, c in enumerate(categories.categories, start=1) if c.keypoints}
-        if len(set(joints.values())) > 1:
-            raise ValueError(f"one keypoint branch needs one number of joints, got (label: joints) {joints}")
-        keypoint = replace(keypoint, joints=next(iter(joints.values())), labels=tuple(joints)) if joints else None
-    return replace(model, classes=len(categories.categories), keypoint=keypoint)
-
-
-def model_config(name: str, conventions: str | None = None, **changes: Any) -> ModelConfig:
-    """A named model with top-level fields changed, ``model_config("...", classes=3)``.
-
-    conventions  a key of ``CONVENTIONS``; None keeps the model's own
-
-    Raises ValueError for an unknown name, naming the nearest right one.
-    """
-    if conventions is not None:
-        changes["conventions"] = lookup("conventions", CONVENTIONS, conventions)
-    return replace(lookup("model", MODELS, name), **changes)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# To and from JSON
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def to_json(config: Any) -> dict[str, Any]:
-    """A config as plain dicts, lists, strings and numbers."""
-    return asdict(config)
-
-
-def from_json(kind: type, values: dict[str, Any], place: str = "config") -> Any:
-    """The config dataclass ``kind`` out of ``to_json``'s dict; unknown names are refused with the nearest right one."""
-    if not isinstance(values, dict):
-        raise TypeError(f"{place} must be an object with the fields of {kind.__name__}, got {type(values).__name__}")
-    known = {f.name: f for f in fields(kind)}
-    arguments = {}
-    for name, value in values.items():
-        lookup(f"field of {place}", known, name)
-        nested = _NESTED.get((kind, name))
-        if nested is not None and value is not None:
-            arguments[name] = from_json(nested, value, f"{place}.{name}")
-        else:
-            arguments[name] = _tuples(value)
-    return kind(**arguments)
-
-
-_NESTED = {
-    (Config, "model"): ModelConfig,
-    (Config, "data"): DataConfig,
-    (Config, "train"): TrainConfig,
-    (TrainConfig, "loss_weights"): LossWeights,
-    (ModelConfig, "conventions"): Conventions,
-    (ModelConfig, "backbone"): BackboneConfig,
-    (ModelConfig, "rpn"): RPNConfig,
-    (ModelConfig, "box"): BoxHeadConfig,
-    (ModelConfig, "mask"): MaskHeadConfig,
-    (ModelConfig, "keypoint"): KeypointHeadConfig,
-}
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+        check_types(self)

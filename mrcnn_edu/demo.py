@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from mrcnn_edu import __version__, ops
-from mrcnn_edu.config import Config, preset
+from mrcnn_edu.config import Config
 from mrcnn_edu.data import shapes
 from mrcnn_edu.data.coco import CocoDataset
 from mrcnn_edu.evaluation.measure import measure
 from mrcnn_edu.evaluation.report import as_text
 from mrcnn_edu.models.mask_rcnn import build_model
+from mrcnn_edu.presets import preset
 from mrcnn_edu.structures import Detections
 from mrcnn_edu.training.checkpoint import write_json
 from mrcnn_edu.training.distributed import connected

@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from mrcnn_edu.config import Config, ModelConfig, lookup
+from mrcnn_edu.config import Config, ModelConfig
+from mrcnn_edu.fields import lookup
 from mrcnn_edu.recipes import (
     C4,
     C4_101,

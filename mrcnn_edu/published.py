@@ -18,21 +18,14 @@ import torch
 from torch import Tensor
 
 from mrcnn_edu.cli import read_config
-from mrcnn_edu.config import (
-    MODELS,
-    TORCHVISION,
-    BackboneConfig,
-    BoxHeadConfig,
-    DataConfig,
-    KeypointHeadConfig,
-    ModelConfig,
-    RPNConfig,
-    lookup,
-)
+from mrcnn_edu.config import BackboneConfig, BoxHeadConfig, DataConfig, KeypointHeadConfig, ModelConfig, RPNConfig
+from mrcnn_edu.conventions import TORCHVISION
 from mrcnn_edu.data.coco import CategoryMap
 from mrcnn_edu.data.coco_json import Category
+from mrcnn_edu.fields import lookup
 from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
 from mrcnn_edu.models.unshared import Unshared
+from mrcnn_edu.presets import MODELS
 from mrcnn_edu.training.export import load_model
 from mrcnn_edu.training.stages import load_stages
 from mrcnn_edu.unpickling import read_torch, read_weights

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from mrcnn_edu.config import (
-    MODELS,
-    PRESETS,
     BoxHeadConfig,
     Config,
     DataConfig,
@@ -21,6 +19,7 @@ from mrcnn_edu.config import (
     RoIMode,
     TrainConfig,
 )
+from mrcnn_edu.presets import MODELS, PRESETS
 
 Procedure = Literal["stagewise", "four-step", "end-to-end"]
 Data = Literal["coco", "coco-person", "cityscapes"]

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mrcnn_edu.config import ModelConfig, lookup
+from mrcnn_edu.config import ModelConfig
 from mrcnn_edu.data.coco import CategoryMap
+from mrcnn_edu.fields import lookup
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
 
 # Cityscapes' classes under the names COCO has for them; the other five are called alike, and COCO has no rider.

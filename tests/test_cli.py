@@ -15,8 +15,10 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from mrcnn_edu import cli
-from mrcnn_edu.config import PRESETS, Config, preset, to_json
+from mrcnn_edu.config import Config
 from mrcnn_edu.data import shapes
+from mrcnn_edu.fields import to_json
+from mrcnn_edu.presets import PRESETS, preset
 
 # As small as it gets, and still every branch.
 TINY = shlex.split(

@@ -17,7 +17,8 @@ from training_runs import MODEL
 from mrcnn_edu import published
 from mrcnn_edu.checking import suspicious
 from mrcnn_edu.cli import main
-from mrcnn_edu.config import TORCHVISION, BackboneConfig, Config, ModelConfig, TrainConfig
+from mrcnn_edu.config import BackboneConfig, Config, ModelConfig, TrainConfig
+from mrcnn_edu.conventions import TORCHVISION
 from mrcnn_edu.data import shapes
 from mrcnn_edu.data.coco import CategoryMap
 from mrcnn_edu.data.coco_json import Category

@@ -10,28 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mrcnn_edu.config import (
-    CONVENTIONS,
-    MODELS,
-    PAPER,
-    PRESETS,
     BackboneConfig,
     BoxHeadConfig,
     Config,
-    Conventions,
     DataConfig,
     KeypointHeadConfig,
     MaskHeadConfig,
     ModelConfig,
     RPNConfig,
     TrainConfig,
-    for_categories,
-    from_json,
-    lookup,
-    model_config,
-    preset,
-    to_json,
 )
+from mrcnn_edu.conventions import CONVENTIONS, PAPER, Conventions
 from mrcnn_edu.data.coco import Category, CategoryMap
+from mrcnn_edu.fields import from_json, lookup, to_json
+from mrcnn_edu.presets import MODELS, PRESETS, for_categories, model_config, preset
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 ONE = (1.0, 1.0, 1.0)

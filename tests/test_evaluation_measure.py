@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mrcnn_edu.config import preset
 from mrcnn_edu.data import shapes
 from mrcnn_edu.data.coco import CocoDataset
 from mrcnn_edu.evaluation.coco import evaluate, evaluate_results
 from mrcnn_edu.evaluation.measure import branches, measure
 from mrcnn_edu.evaluation.results import load_results
 from mrcnn_edu.models.mask_rcnn import build_model
+from mrcnn_edu.presets import preset
 from mrcnn_edu.structures import Detections
 
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torchvision.models import resnet50
 
-from mrcnn_edu.config import MODELS, BackboneConfig
+from mrcnn_edu.config import BackboneConfig
 from mrcnn_edu.models.backbone import Res5, build_backbone
 from mrcnn_edu.models.mask_rcnn import build_model
 from mrcnn_edu.models.non_local import NonLocal
 from mrcnn_edu.models.resnet import ARCHITECTURES, ResNet, stage
 from mrcnn_edu.ops import pool_levels, roi_align
+from mrcnn_edu.presets import MODELS
 from mrcnn_edu.weights import load_imagenet
 
 

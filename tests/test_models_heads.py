@@ -10,11 +10,12 @@ import torch
 from tiny_models import images, shrink, truth
 
 from mrcnn_edu import boxes as box_ops
-from mrcnn_edu.config import MODELS, MaskHeadConfig
+from mrcnn_edu.config import MaskHeadConfig
 from mrcnn_edu.losses import box_loss, classification_loss
 from mrcnn_edu.models.box_head import candidate_rois, hardest_rois, label_rois, sample_rois
 from mrcnn_edu.models.mask_head import MaskHead, MLPMaskHead, build_mask_head, mask_head_loss, mask_outputs, own_masks
 from mrcnn_edu.models.mask_rcnn import build_model
+from mrcnn_edu.presets import MODELS
 from mrcnn_edu.structures import Proposals, Samples, Target
 
 ONES = (1.0, 1.0, 1.0, 1.0)

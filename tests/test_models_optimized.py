@@ -12,13 +12,14 @@ from tiny_models import images, shrink, truth
 from torch import nn
 from torch.nn import functional as F
 
-from mrcnn_edu.config import MODELS, ModelConfig
+from mrcnn_edu.config import ModelConfig
 from mrcnn_edu.data.shapes import write
 from mrcnn_edu.inference import predict
 from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
 from mrcnn_edu.models.optimized import FIXED_NORMS, FusedBlock, conv_relu, fold_norms, one_pass
 from mrcnn_edu.models.resnet import FrozenBatchNorm
 from mrcnn_edu.models.unshared import Unshared
+from mrcnn_edu.presets import MODELS
 from mrcnn_edu.structures import Detections, Proposals
 from mrcnn_edu.training.loop import train
 

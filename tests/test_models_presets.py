@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny_models import images, shrink, truth
 
-from mrcnn_edu.config import MODELS, ModelConfig
+from mrcnn_edu.config import ModelConfig
 from mrcnn_edu.models.mask_rcnn import build_model
+from mrcnn_edu.presets import MODELS
 
 FPN, C4, C5 = (MODELS[f"maskrcnn_resnet50_{features}"] for features in ("fpn", "c4", "c5"))
 SMALL_C4 = replace(C4, backbone=replace(C4.backbone, architecture="resnet10"))

@@ -178,7 +178,7 @@ def test_explore_is_frames_without_a_kernel_and_live_with_one(monkeypatch):
     assert isinstance(box, ipywidgets.VBox)
     slider = box.children[0]
     assert (slider.value, [value for _, value in slider.options]) == (0.5, [0.1, 0.5, 0.9])
-    with pytest.raises(ValueError, match="cannot start at 0.5"):  # a value of the page, but none of the live ones
+    with pytest.raises(ValueError, match=r"cannot start at 0\.5"):  # a value of the page, but none of the live ones
         widgets.explore(bars, knobs, "{height}", start={"height": 0.5}, live={"height": [0.1, 0.9]})
     monkeypatch.setenv(notebook.BUILDING, "1")
     assert isinstance(widgets.explore(bars, knobs, "{height}"), widgets.Frames)

@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 import mrcnn_edu
-from mrcnn_edu import cli, config
+from mrcnn_edu import cli, presets
 from mrcnn_edu.data import shapes
 
 if sys.version_info >= (3, 11):
@@ -139,13 +139,13 @@ def test_the_readmes_python_runs(readme, tmp_path, monkeypatch):
     code = re.findall(r"```python\n(.*?)```", readme, re.S)
     assert len(code) == 1
     assert len([line for line in code[0].splitlines() if line.strip()]) <= 10
-    full = config.PRESETS["maskrcnn_shapes"]
+    full = presets.PRESETS["maskrcnn_shapes"]
     short = replace(
         full,
         data=replace(full.data, workers=0),
         train=replace(full.train, iterations=2, warmup_iterations=0, batch_size=2),
     )
-    monkeypatch.setitem(config.PRESETS, "maskrcnn_shapes", short)
+    monkeypatch.setitem(presets.PRESETS, "maskrcnn_shapes", short)
     monkeypatch.chdir(tmp_path)
     shapes.write("photos", train=4, val=2)
     exec(code[0], {})

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from mrcnn_edu import keypoints as keypoint_ops
 from mrcnn_edu.anchors import cell_anchors
-from mrcnn_edu.config import MODELS, KeypointHeadConfig, MaskHeadConfig, ModelConfig
+from mrcnn_edu.config import KeypointHeadConfig, MaskHeadConfig, ModelConfig
 from mrcnn_edu.inference import predict
 from mrcnn_edu.losses import box_loss, classification_loss, keypoint_loss, mask_loss, multinomial_mask_loss
 from mrcnn_edu.masks import crop_masks
@@ -27,6 +27,7 @@ from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
 from mrcnn_edu.models.roi_features import assign_levels
 from mrcnn_edu.models.rpn import Guess
 from mrcnn_edu.ops import paste_masks, roi_align, roi_pool, roi_warp
+from mrcnn_edu.presets import MODELS
 from mrcnn_edu.structures import Detections, ImageBatch, Proposals, Target
 from mrcnn_edu.weights import load_imagenet
 

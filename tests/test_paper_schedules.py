@@ -118,7 +118,7 @@ def test_3_1_weight_decay_and_momentum() -> None:
 
 def test_3_1_released_code_treats_biases_otherwise() -> None:
     """Detectron trains biases at twice the rate and without decay; the paper's words make no difference."""
-    from mrcnn_edu.config import DETECTRON1
+    from mrcnn_edu.conventions import DETECTRON1
 
     groups = build_optimiser(nn.Conv2d(3, 4, 3), BASE.config.train, DETECTRON1).param_groups
     assert {group["name"]: (group["lr_factor"], group["weight_decay"]) for group in groups} == {

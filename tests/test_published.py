@@ -18,11 +18,11 @@ from torchvision.models import get_weight
 
 from mrcnn_edu import published
 from mrcnn_edu.cli import main
-from mrcnn_edu.config import MODELS
 from mrcnn_edu.data.coco import CategoryMap
 from mrcnn_edu.data.coco_json import Category
 from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
 from mrcnn_edu.ops import paste_masks
+from mrcnn_edu.presets import MODELS
 from mrcnn_edu.published import PUBLISHED, imagenet_state, label_table, load_published, open_published, split_source
 from mrcnn_edu.structures import ImageBatch
 from mrcnn_edu.weights import to_detectron2, to_torchvision

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from mrcnn_edu.config import PAPER, Config, DataConfig, MaskHeadConfig, ModelConfig, TrainConfig
+from mrcnn_edu.config import Config, DataConfig, MaskHeadConfig, ModelConfig, TrainConfig
+from mrcnn_edu.conventions import PAPER
 from mrcnn_edu.training import checkpoint
 from mrcnn_edu.training.checkpoint import Run
 from mrcnn_edu.training.randomness import rng_state, seed_rng, set_rng_state

@@ -17,8 +17,9 @@ from test_cityscapes import scene
 from test_cityscapes import write as write_streets
 from training_runs import CONFIG, ENVIRONMENT, IMAGES, datasets, tiny_model, with_train
 
-from mrcnn_edu.config import TrainConfig, to_json
+from mrcnn_edu.config import TrainConfig
 from mrcnn_edu.data.shapes import write
+from mrcnn_edu.fields import to_json
 from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
 from mrcnn_edu.structures import ImageBatch, Proposals, Target
 from mrcnn_edu.training import checkpoint, setup

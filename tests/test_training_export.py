@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from training_runs import MODEL, tiny_model
 
-from mrcnn_edu.config import TORCHVISION, to_json
+from mrcnn_edu.conventions import TORCHVISION
 from mrcnn_edu.data.coco import Category, CategoryMap
+from mrcnn_edu.fields import to_json
 from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
 from mrcnn_edu.structures import ImageBatch
 from mrcnn_edu.training.export import export_weights, load_model

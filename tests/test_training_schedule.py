@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from mrcnn_edu.config import DETECTRON1, PAPER, TrainConfig
+from mrcnn_edu.config import TrainConfig
+from mrcnn_edu.conventions import DETECTRON1, PAPER
 from mrcnn_edu.training.schedule import WeightAverage, build_optimiser, learning_rate, parameter_groups
 from mrcnn_edu.training.schedule import set_learning_rate as set_rate
 

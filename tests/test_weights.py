@@ -18,10 +18,11 @@ from torchvision.models.detection import fasterrcnn_resnet50_fpn, keypointrcnn_r
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
-from mrcnn_edu.config import BackboneConfig, model_config
+from mrcnn_edu.config import BackboneConfig
 from mrcnn_edu.models.mask_rcnn import build_model
 from mrcnn_edu.models.resnet import FrozenBatchNorm, ResNet
 from mrcnn_edu.ops import paste_masks
+from mrcnn_edu.presets import model_config
 from mrcnn_edu.structures import ImageBatch, Target
 from mrcnn_edu.weights import load_imagenet, load_torchvision, to_torchvision
 

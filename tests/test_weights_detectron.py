@@ -15,8 +15,9 @@ import pytest
 import torch
 from tiny_models import shrink
 
-from mrcnn_edu.config import MODELS, ModelConfig
+from mrcnn_edu.config import ModelConfig
 from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
+from mrcnn_edu.presets import MODELS
 from mrcnn_edu.structures import ImageBatch, Proposals, Target
 from mrcnn_edu.unpickling import read_weights
 from mrcnn_edu.weights import load_detectron, load_detectron2, to_detectron2

@@ -17,15 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from mrcnn_edu import keypoints as keypoint_ops
-from mrcnn_edu.config import (
-    CONVENTIONS,
-    BoxHeadConfig,
-    KeypointHeadConfig,
-    MaskHeadConfig,
-    ModelConfig,
-    lookup,
-    model_config,
-)
+from mrcnn_edu.config import BoxHeadConfig, KeypointHeadConfig, MaskHeadConfig, ModelConfig
+from mrcnn_edu.conventions import CONVENTIONS
+from mrcnn_edu.fields import lookup
 from mrcnn_edu.losses import ALL_LOSSES, HEAD_LOSSES, RPN_LOSSES, any_of
 from mrcnn_edu.matching import split_crowd
 from mrcnn_edu.models.backbone import Backbone, Res5, build_backbone
@@ -43,6 +37,7 @@ from mrcnn_edu.models.mask_head import MaskHead, MLPMaskHead, build_mask_head, m
 from mrcnn_edu.models.resnet import FrozenBatchNorm, group_norm
 from mrcnn_edu.models.roi_features import RoIFeatures, build_roi_features
 from mrcnn_edu.models.rpn import RPN, Guess, propose, rpn_losses
+from mrcnn_edu.presets import model_config
 from mrcnn_edu.structures import Detections, ImageBatch, Proposals, Samples, Target, check_target
 
 
@@ -336,7 +331,7 @@ class MaskRCNN(nn.Module):
 def build_model(model: str | ModelConfig = "maskrcnn_resnet50_fpn", conventions: str | None = None) -> MaskRCNN:
     """A model with random weights, by name or by config; every module and every number stands on this page.
 
-    model        a key of ``config.MODELS``, or a ModelConfig
+    model        a key of ``presets.MODELS``, or a ModelConfig
     conventions  "paper", "detectron1", "detectron2" or "torchvision"; None keeps the config's own
 
     Raises ValueError for an unknown name, with the nearest right one.

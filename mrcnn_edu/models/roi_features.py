@@ -10,7 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mrcnn_edu.config import BoxHeadConfig, Conventions, KeypointHeadConfig, MaskHeadConfig
+from mrcnn_edu.config import BoxHeadConfig, KeypointHeadConfig, MaskHeadConfig
+from mrcnn_edu.conventions import Conventions
 from mrcnn_edu.ops import pool_levels
 
 

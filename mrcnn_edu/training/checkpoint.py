@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from mrcnn_edu import __version__
-from mrcnn_edu.config import Config, from_json, to_json
+from mrcnn_edu.config import Config
+from mrcnn_edu.fields import from_json, to_json
 from mrcnn_edu.inference import check_weights
 from mrcnn_edu.training.distributed import ALONE, World
 from mrcnn_edu.training.schedule import WeightAverage

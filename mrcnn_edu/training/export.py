@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_bytes
 
 from mrcnn_edu import __version__
-from mrcnn_edu.config import ModelConfig, from_json, to_json
+from mrcnn_edu.config import ModelConfig
 from mrcnn_edu.data.coco import CategoryMap
+from mrcnn_edu.fields import from_json, to_json
 from mrcnn_edu.inference import check_weights
 from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
 from mrcnn_edu.training.checkpoint import check_state, write_atomically

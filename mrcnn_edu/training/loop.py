@@ -71,7 +71,7 @@ def train(
     SIGTERM end the iteration, save and leave.
     """
     if not isinstance(config, Config):
-        raise TypeError(f"config must be a Config, as config.preset gives one, got {type(config).__name__}")
+        raise TypeError(f"config must be a Config, as presets.preset gives one, got {type(config).__name__}")
     folder, settings = Path(out), config.train
     with connected(device) as world:
         run, rng = start(config, model, train_data, val_data, folder, resume or restarted(), device, world)

@@ -13,7 +13,8 @@ from itertools import compress
 import torch
 from torch import Tensor, nn
 
-from mrcnn_edu.config import Conventions, TrainConfig
+from mrcnn_edu.config import TrainConfig
+from mrcnn_edu.conventions import Conventions
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 

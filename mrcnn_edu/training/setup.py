@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mrcnn_edu.config import Config, TrainConfig, to_json
+from mrcnn_edu.config import Config, TrainConfig
 from mrcnn_edu.data.coco import CocoDataset
+from mrcnn_edu.fields import to_json
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
 from mrcnn_edu.training import checkpoint
 from mrcnn_edu.training.checkpoint import Run, write_json

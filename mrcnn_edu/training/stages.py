@@ -17,8 +17,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mrcnn_edu.config import Config, to_json
+from mrcnn_edu.config import Config
 from mrcnn_edu.data.coco import CategoryMap, CocoDataset
+from mrcnn_edu.fields import to_json
 from mrcnn_edu.losses import ALL_LOSSES, HEAD_LOSSES, RPN_LOSSES, any_of
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
 from mrcnn_edu.models.unshared import Unshared

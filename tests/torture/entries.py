@@ -21,15 +21,8 @@ from PIL import Image
 from training_runs import CONFIG, MODEL, TRAIN, datasets, tiny_model
 
 import mrcnn_edu
-from mrcnn_edu.config import (
-    BackboneConfig,
-    BoxHeadConfig,
-    Conventions,
-    KeypointHeadConfig,
-    LossWeights,
-    MaskHeadConfig,
-    RPNConfig,
-)
+from mrcnn_edu.config import BackboneConfig, BoxHeadConfig, KeypointHeadConfig, LossWeights, MaskHeadConfig, RPNConfig
+from mrcnn_edu.conventions import Conventions
 from mrcnn_edu.data.shapes import write
 from torture.harness import Area, refused
 
