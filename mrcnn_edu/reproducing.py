@@ -105,21 +105,20 @@ def toy_data(row: Experiment, options: Reproduce, world: World) -> Datasets:
 
 
 def draw_toys(folder: Path, train: int, val: int) -> list[tuple[Path, Path]]:
-    """Images to train on and to measure on, and their annotations, unless the very same are there already."""
-    made = {"made_by": "mrcnn_edu.data.flat", "train": train, "val": val, "size": TOY_SIDE, "labels": TOY_LABELS}
-    made, stamp = json.loads(json.dumps(made)), folder / "stamp.json"
-    splits = ("train", "val")
-    if folder.exists() and any(folder.iterdir()):
-        found = json.loads(stamp.read_text()) if stamp.exists() else None
-        if found == made:
-            return [(folder / split / "images", folder / split / "instances.json") for split in splits]
-        if found is None or found.get("made_by") != made["made_by"]:
-            raise ValueError(f"{folder} holds other files; choose a new or an empty folder for the drawn images")
-        stamp.unlink()
+    """Images to train on and to measure on, and their annotations, drawn unless the very same are there already."""
+    made = {"made_by": "mrcnn_edu.data.flat", "train": train, "val": val, "size": TOY_SIDE, "labels": list(TOY_LABELS)}
+    stamp, splits = folder / "stamp.json", ("train", "val")
+    found = json.loads(stamp.read_text()) if stamp.exists() else {}
+    if found == made | {"complete": True}:
+        return [(folder / split / "images", folder / split / "instances.json") for split in splits]
+    if found.get("made_by") != made["made_by"] and folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds other files; choose a new or an empty folder for the drawn images")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(stamp, made | {"complete": False})  # if we are stopped now, the folder is known as ours
     written = [
         flat.write(folder / split, made[split], seed, TOY_SIDE, labels=TOY_LABELS) for seed, split in enumerate(splits)
     ]
-    write_json(stamp, made)
+    write_json(stamp, made | {"complete": True})
     return written
 
 

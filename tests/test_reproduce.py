@@ -13,7 +13,7 @@ from tiny_experiments import tiny
 from mrcnn_edu import cli, recipes, reproduce
 from mrcnn_edu.augmentation import Augmentation
 from mrcnn_edu.comparison import Spread, as_text, draw, number, orders
-from mrcnn_edu.data import shapes
+from mrcnn_edu.data import flat, shapes
 from mrcnn_edu.data.coco import CocoDataset
 from mrcnn_edu.data.parts import Subset
 from mrcnn_edu.experiments import EXPERIMENTS, find
@@ -241,6 +241,14 @@ def test_drawn_images_are_drawn_once_and_replace_nothing_else(tmp_path: Path) ->
     (folder / "stamp.json").unlink()
     with pytest.raises(ValueError, match="holds other files"):
         draw_toys(folder, 2, 1)
+
+
+def test_drawing_that_was_stopped_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(flat, "write", lambda *arguments, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            draw_toys(tmp_path / "data", 1, 1)
+    assert len(CocoDataset(*draw_toys(tmp_path / "data", 1, 1)[0])) == 1
 
 
 @pytest.mark.parametrize(
