@@ -165,12 +165,12 @@ class Reproduce:
     gpu: Literal["v100", "a100", "h100"] = "h100"  # ... of which kind
     table: Flag = False  # only show the results that are there
     out: Path = Path("runs/reproduce")  # folder of all runs and results
-    data: Path | None = None  # folder of the images, laid out as for train; toy: where to draw them, data/shapes-128
+    data: Path | None = None  # folder of the images, laid out as for train; toy: where to draw them, data/flat-96
     coco: Path | None = None  # folder of COCO's images, where a row of Cityscapes starts from a model of COCO's
     unlabelled: Path | None = None  # COCO-format file of unlabelled images, beside their folder of the same name
     backbone: Path | None = None  # coco: torchvision's ImageNet weights of the ResNet, a .pth file
     iterations: int | None = None  # fewer or more than the experiment's; kept apart from its other results
-    images: int = 4000  # toy: drawn images to train on; a twentieth as many to measure on
+    images: int = 2000  # toy: drawn images to train on; a tenth as many to measure on
     device: str | None = None  # cpu, cuda, cuda:1, ...; None: the GPU if there is one
 
 

@@ -1,6 +1,6 @@
 """What a training costs in full, a row of the paper or one of your own: hours and memory, from published rates.
 
-Chapter 19 (many GPUs).
+Chapter 17 (the ablations), Chapter 19 (many GPUs).
 """
 
 from __future__ import annotations

@@ -53,3 +53,15 @@ def test_what_is_written_comes_back(tmp_path):
         assert torch.equal(read, image) and torch.equal(back.boxes, target.boxes)
         assert torch.equal(back.masks, target.masks)
         assert torch.equal(back.labels, torch.where(target.labels == 2, 1, 2))
+
+
+def test_figures_are_written_with_their_joints(tmp_path):
+    data = CocoDataset(*flat.write(tmp_path / "flat", count=5, seed=2, labels=(1, FIGURE, FIGURE)))
+    assert data.categories.names == ["circle", "figure"] and data.joints == 7
+    seen = 0
+    for index in range(5):
+        _, target = flat.make((2, index), labels=(1, FIGURE, FIGURE))
+        back = data.target(index)
+        torch.testing.assert_close(back.keypoints, target.keypoints, rtol=0, atol=0.01)
+        seen += int((target.labels == FIGURE).sum())
+    assert seen > 0

@@ -13,13 +13,14 @@ from tiny_experiments import tiny
 from mrcnn_edu import cli, recipes, reproduce
 from mrcnn_edu.augmentation import Augmentation
 from mrcnn_edu.comparison import Spread, as_text, draw, number, orders
-from mrcnn_edu.data import shapes
+from mrcnn_edu.data import flat, shapes
 from mrcnn_edu.data.coco import CocoDataset
 from mrcnn_edu.data.parts import Subset
 from mrcnn_edu.experiments import EXPERIMENTS, find
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
 from mrcnn_edu.models.unshared import Unshared
 from mrcnn_edu.reproduce import Datasets, Setting, augmentation, result_file, run, trained
+from mrcnn_edu.reproducing import draw_toys
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +123,7 @@ def test_distillation_and_test_time_augmentation(setting: Setting, monkeypatch: 
 def test_views_in_relation_to_the_images(setting: Setting) -> None:
     data = setting.data(EXPERIMENTS["table9/original"]).val
     assert augmentation("coco", data).sizes == tuple(range(400, 1201, 100))
-    assert augmentation("toy", data).sizes == (64, 80, 96, 112, 128, 144, 160, 176, 192)
+    assert augmentation("toy", data).sizes == (48, 60, 72, 84, 96, 108, 120, 132, 144)
     assert augmentation("toy", data).flip_pairs == data.flip_pairs
 
 
@@ -226,6 +227,28 @@ def test_a_table_from_the_command_line(capsys, tmp_path: Path) -> None:
     assert (out / "toy" / "table2d.png").exists() and "RoIAlign, stride 32" in printed
     status, again, _ = command(capsys, "table2d", "--table", *small)
     assert status == 0 and again == printed[printed.index("\ntable2d, toy scale") :]
+
+
+def test_drawn_images_are_drawn_once_and_replace_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    splits = draw_toys(folder, 2, 1)
+    image = next((folder / "train").rglob("*.png"))
+    written = image.stat().st_mtime_ns
+    assert draw_toys(folder, 2, 1) == splits and image.stat().st_mtime_ns == written
+    train, val = (CocoDataset(*split) for split in splits)
+    assert (len(train), len(val), train.categories.names) == (2, 1, list(shapes.CLASSES))
+    assert len(CocoDataset(*draw_toys(folder, 3, 1)[0])) == 3
+    (folder / "stamp.json").unlink()
+    with pytest.raises(ValueError, match="holds other files"):
+        draw_toys(folder, 2, 1)
+
+
+def test_drawing_that_was_stopped_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(flat, "write", lambda *arguments, **options: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            draw_toys(tmp_path / "data", 1, 1)
+    assert len(CocoDataset(*draw_toys(tmp_path / "data", 1, 1)[0])) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """An easy world, which a small head learns in seconds: bright flat shapes on a dark flat ground, a few to an image.
 
 Chapter 10 (the box head), Chapter 11 (the mask head), Chapter 12 (the whole model), Chapter 13 (training) and
-Chapter 14 (keypoints) watch models learn on it. What is worth measuring is measured on ``data.shapes``.
+Chapter 14 (keypoints) watch models learn on it, and the toys of Chapter 17 (the ablations) are trained on it: what must
+be learned in half a minute. Whole models that have longer are measured on ``data.shapes``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mrcnn_edu.data.drawing import CLASSES, stamp
+from mrcnn_edu.data.drawing import CLASSES, FIGURE, JOINTS, SKELETON, stamp
 from mrcnn_edu.data.shapes import Instance, Scene
 from mrcnn_edu.masks import rle_encode
 from mrcnn_edu.structures import Target
@@ -57,10 +58,11 @@ def make(
 def write(
     folder: Path | str, count: int, seed: int = 0, size: int = 64, instances: int = 3, labels: Sequence[int] = (1, 2, 3)
 ) -> tuple[Path, Path]:
-    """So many images of ``make`` with the seeds (seed, 0), (seed, 1), ... in COCO format, without keypoints.
+    """So many images of ``make`` with the seeds (seed, 0), (seed, 1), ... in COCO format.
 
     folder   made if need be; files of an earlier call are replaced
-    labels   the classes to draw from; in the file, and so in a data set, they are numbered from 1 without gaps
+    labels   the classes to draw from, one named twice twice as often; in the file, and so in a data set, they are
+             numbered from 1 without gaps
     returns  the folder of the images and the annotation file, as ``CocoDataset`` wants them
     """
     images, annotations = Path(folder) / "images", []
@@ -71,13 +73,16 @@ def write(
         picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
         picture.save(images / f"{image_id:06d}.png", compress_level=0)  # noise does not shrink, and this reads faster
         annotations += [_annotation(target, row, image_id, ids) for row in range(len(target))]
+    categories: list[dict[str, Any]] = [{"id": number, "name": CLASSES[label - 1]} for label, number in ids.items()]
+    if FIGURE in ids:
+        categories[ids[FIGURE] - 1] |= {"keypoints": list(JOINTS), "skeleton": [list(limb) for limb in SKELETON]}
     content = {
         "images": [
             {"id": image_id, "file_name": f"{image_id:06d}.png", "height": size, "width": size}
             for image_id in range(1, count + 1)
         ],
         "annotations": [{"id": number, **one} for number, one in enumerate(annotations, start=1)],
-        "categories": [{"id": number, "name": CLASSES[label - 1]} for label, number in ids.items()],
+        "categories": categories,
     }
     file = Path(folder) / "instances.json"
     file.write_text(json.dumps(content))
@@ -86,7 +91,7 @@ def write(
 
 def _annotation(target: Target, row: int, image_id: int, ids: dict[int, int]) -> dict[str, Any]:
     x1, y1, x2, y2 = target.boxes[row].tolist()
-    return {
+    annotation = {
         "image_id": image_id,
         "category_id": ids[int(target.labels[row])],
         "bbox": [x1, y1, x2 - x1, y2 - y1],
@@ -94,6 +99,11 @@ def _annotation(target: Target, row: int, image_id: int, ids: dict[int, int]) ->
         "iscrowd": 0,
         "segmentation": rle_encode(target.masks[row]),
     }
+    if int(target.labels[row]) == FIGURE:
+        joints = target.keypoints[row]
+        annotation["keypoints"] = [round(value, 2) for value in joints.flatten().tolist()]
+        annotation["num_keypoints"] = int((joints[:, 2] > 0).sum())
+    return annotation
 
 
 def _another_colour(rng: np.random.Generator, around: np.ndarray) -> np.ndarray:
