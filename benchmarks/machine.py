@@ -5,13 +5,14 @@ python benchmarks/machine.py
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 
@@ -68,6 +69,18 @@ def in_words(report: dict) -> str:
     return "{date}; {processor}, {cores} cores; torch {torch}, torchvision {torchvision}, Python {python}".format(
         **report
     )
+
+
+def options(doc: str, allocators: Sequence[str], sections: Sequence[str], rounds: int) -> argparse.ArgumentParser:
+    """What can be asked of a benchmark that stands beside torchvision, with so many rounds by default."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--allocator", choices=[*allocators, "all"], default="all")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--only", choices=["", *sections], default="")
+    parser.add_argument("--out", type=Path, help="where to write, without suffix; default: named after the processor")
+    parser.add_argument("--print-json", action="store_true", help=argparse.SUPPRESS)  # what in_a_process asks for
+    return parser
 
 
 def write(name: str, report: dict, page: str, out: Path | None = None) -> None:

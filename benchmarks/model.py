@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from machine import conditions, described, in_words, write
+from machine import conditions, described, in_words, options, write
 from ops import keep_heap
 from twins import Sides, Task, has_bf16, inference, training
 
@@ -170,14 +170,8 @@ def page(report: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--allocator", choices=[*SETTINGS, "cuda", "all"], default="all")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser = options(__doc__, [*SETTINGS, "cuda"], SECTIONS, rounds=3)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
-    parser.add_argument("--only", choices=["", *SECTIONS], default="")
-    parser.add_argument("--out", type=Path, help="where to write, without suffix; default: named after the processor")
-    parser.add_argument("--print-json", action="store_true", help=argparse.SUPPRESS)  # what in_a_process asks for
     args = parser.parse_args()
     if not ops.backend().startswith("compiled"):
         sys.exit(f"nothing to compare: {ops.backend()}")

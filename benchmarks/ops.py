@@ -15,7 +15,6 @@ tells how much of the memory's speed was there. Written to benchmarks/results/, 
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import json
 import math
@@ -25,11 +24,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torchvision
-from machine import conditions, copy_rate, described, seconds, write
+from machine import conditions, copy_rate, described, options, seconds, write
 from torch import Tensor
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
@@ -242,14 +240,7 @@ def table(report: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--allocator", choices=[*SETTINGS, "all"], default="all")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", choices=["", *SECTIONS], default="")
-    parser.add_argument("--out", type=Path, help="where to write, without suffix; default: named after the processor")
-    parser.add_argument("--print-json", action="store_true", help=argparse.SUPPRESS)  # what in_a_process asks for
-    args = parser.parse_args()
+    args = options(__doc__, SETTINGS, SECTIONS, rounds=7).parse_args()
     if not ops.backend().startswith("compiled"):
         sys.exit(f"nothing to compare: {ops.backend()}")
     torch.set_num_threads(args.threads)

@@ -23,6 +23,7 @@ def lookup(kind: str, table: dict[str, Any], name: str) -> Any:
 
 
 def require(condition: bool, config: Any, name: str, allowed: str) -> None:
+    """A ValueError that names the field, what it may be and what it is, unless the condition holds."""
     if not condition:
         raise ValueError(f"{type(config).__name__}.{name} must be {allowed}, got {getattr(config, name)!r}")
 

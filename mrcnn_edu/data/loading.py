@@ -11,7 +11,6 @@ one orientation come in groups, since a batch is padded to its largest height an
 from __future__ import annotations
 
 import gc
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -282,7 +281,6 @@ def _loader(samples: _Samples, order: Any, workers: int, timeout: float) -> Data
 
 def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # the workers are the threads
-    os.nice(10)  # on few cores they fill the pauses of the training, and do not make it pause
     gc.freeze()  # the collector would write into every page that is shared with the parent
 
 
