@@ -11,6 +11,10 @@
 #include <algorithm>
 #include <cstdlib>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "../checks.h"
 #include "kernels.h"
 #include "transpose.h"
@@ -78,6 +82,17 @@ bool worth_turning(const at::TensorList features, const RoiProblem& problem) {
   return in_windows * 3 > in_maps;
 }
 
+// Linux hands out new memory in pages of 4 KB as it is written, which takes as long as computing what is written; pages
+// of 2 MB it gives to those who ask. For much more memory than this it would first have to make room for such pages.
+void advise_large_pages(Tensor& result) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 1 << 21, kMost = 64 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(result.mutable_data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage, end = (begin + result.nbytes()) / kPage * kPage;
+  if (first < end && end - first <= kMost) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
 std::tuple<Tensor, Tensor> roi_features(
     at::TensorList features, const Tensor& rois_, const Tensor& levels_, at::ArrayRef<double> scales, int64_t layer,
     int64_t bins_y, int64_t bins_x, int64_t samples_per_bin, bool aligned, bool maximum) {
@@ -98,6 +113,7 @@ std::tuple<Tensor, Tensor> roi_features(
 
   const MemoryFormat made = maximum ? MemoryFormat::ChannelsLast : few_channels ? MemoryFormat::Contiguous : wanted;
   Tensor out = at::empty({problem.rois, problem.channels, bins_y, bins_x}, features[0].options(), made);
+  advise_large_pages(out);
   Tensor winners = at::empty({maximum ? out.numel() : 0}, rois.options().dtype(at::kInt));
   for_type(features[0].scalar_type(), [&](auto t, auto a) {
     using T = decltype(t);
