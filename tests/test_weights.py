@@ -232,11 +232,11 @@ def test_frozen_norms_and_their_eps():
     config = our_model("mask", norm="frozen").config
     ours = build_model(replace(config, conventions=replace(config.conventions, frozen_norm_eps=0.0)))
     load_torchvision(ours, theirs.state_dict())
-    pixels = torch.rand(1, 3, 64, 96)
+    pixels = torch.rand(1, 3, 64, 96, dtype=torch.float64)
     with torch.no_grad():
-        expected, own = theirs.backbone(pixels), ours.backbone(pixels)
+        expected, own = theirs.double().backbone(pixels), ours.double().backbone(pixels)
     for level, other in zip(own, expected.values()):
-        torch.testing.assert_close(own[level], other, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(own[level], other, atol=1e-9, rtol=1e-9)
     own_eps = {module.eps for module in ours.modules() if isinstance(module, FrozenBatchNorm)}
     assert own_eps == {0.0}
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mrcnn_edu.models.conv_gradient import conv3x3
 from mrcnn_edu.models.resnet import Norm
 
 
@@ -42,7 +43,7 @@ class FPN(nn.Module):
             if above is not None:
                 x = x + F.interpolate(above, size=x.shape[-2:], mode="nearest")
             above = x
-            pyramid[level] = self.output[level](x)
+            pyramid[level] = conv3x3(self.output[level], x)
         if "p6" in self.levels:
             pyramid["p6"] = pyramid["p5"][:, :, ::2, ::2]
         return {level: pyramid[level] for level in self.levels}
