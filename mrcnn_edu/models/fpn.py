@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mrcnn_edu.models.conv_gradient import conv3x3
+from mrcnn_edu.models.conv3x3 import Conv3x3
 from mrcnn_edu.models.resnet import Norm
 
 
@@ -43,7 +43,7 @@ class FPN(nn.Module):
             if above is not None:
                 x = x + F.interpolate(above, size=x.shape[-2:], mode="nearest")
             above = x
-            pyramid[level] = conv3x3(self.output[level], x)
+            pyramid[level] = self.output[level](x)
         if "p6" in self.levels:
             pyramid["p6"] = pyramid["p5"][:, :, ::2, ::2]
         return {level: pyramid[level] for level in self.levels}
@@ -51,7 +51,8 @@ class FPN(nn.Module):
 
 def conv_norm(inputs: int, outputs: int, kernel: int, norm: Norm | None) -> nn.Module:
     """A convolution with a bias, or one without followed by a norm; initialised for layers without a ReLU."""
-    layer = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=norm is None)
+    bias = norm is None
+    layer = Conv3x3(inputs, outputs, bias) if kernel == 3 else nn.Conv2d(inputs, outputs, kernel, bias=bias)
     nn.init.kaiming_uniform_(layer.weight, a=1)
     if norm is None:
         nn.init.zeros_(layer.bias)

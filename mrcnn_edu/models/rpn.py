@@ -15,7 +15,7 @@ from mrcnn_edu import boxes as box_ops
 from mrcnn_edu.anchors import Rounding, cell_anchors, grid_anchors, inside
 from mrcnn_edu.losses import box_loss, objectness_loss
 from mrcnn_edu.matching import IGNORED, ignore_crowd, match, sample
-from mrcnn_edu.models.conv_gradient import conv3x3
+from mrcnn_edu.models.conv3x3 import Conv3x3
 from mrcnn_edu.ops import batched_nms
 from mrcnn_edu.structures import Proposals, Size, Target
 
@@ -61,7 +61,7 @@ class RPN(nn.Module):
         if len(counts) != 1:
             raise ValueError(f"every level needs the same number of anchor sizes, got {sizes}: the head is shared")
         per_cell = counts.pop()
-        layers = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(convs)]
+        layers = [Conv3x3(channels, channels) for _ in range(convs)]
         self.conv = layers[0] if convs == 1 else nn.Sequential(*[m for c in layers for m in (c, nn.ReLU())][:-1])
         self.objectness = nn.Conv2d(channels, per_cell, 1)
         self.deltas = nn.Conv2d(channels, per_cell * 4, 1)
@@ -77,7 +77,7 @@ class RPN(nn.Module):
         """Guesses for every anchor of every level; ``padded`` is the (height, width) of the batch in pixels."""
         anchors, objectness, deltas = [], [], []
         for level, stride in self.strides.items():
-            hidden = F.relu(conv3x3(self.conv, features[level]), inplace=True)
+            hidden = F.relu(self.conv(features[level]), inplace=True)
             rows, columns = hidden.shape[-2:]
             step = (stride, stride) if self.exact_stride else (padded[0] // rows, padded[1] // columns)
             anchors.append(grid_anchors(self.get_buffer(f"anchors_{level}"), (rows, columns), step))

@@ -20,27 +20,29 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 FEW = 1 / 8  # of the cells; with more, dense products are as fast
 
 
-def conv3x3(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``, the same numbers, and the same gradient up to rounding.
+class Conv3x3(nn.Conv2d):
+    """A padded 3x3 convolution: the numbers of ``nn.Conv2d``, and its gradient up to rounding.
 
-    For a padded 3x3 convolution of float32 on a CPU the gradient is the one above; everything else is left to PyTorch:
-    a GPU, for one, would have to wait for the number of cells.
+    The quick gradient is that of float32 on a CPU; everything else is left to PyTorch: a GPU, for one, would have to
+    wait for the number of cells.
     """
-    ours = (
-        isinstance(layer, nn.Conv2d)
-        and (layer.kernel_size, layer.stride, layer.padding) == ((3, 3), (1, 1), (1, 1))
-        and (layer.groups, layer.dilation) == (1, (1, 1))
-        and x.device.type == "cpu"
-        and x.dtype == layer.weight.dtype == torch.float32
-        and torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-    )
-    return Conv3x3.apply(x, layer.weight, layer.bias) if ours else layer(x)
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, 3, padding=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        quick = (
+            torch.is_grad_enabled()
+            and x.device.type == "cpu"
+            and x.dtype == self.weight.dtype == torch.float32
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+        )
+        return QuickGradient.apply(x, self.weight, self.bias) if quick else super().forward(x)
 
 
-class Conv3x3(torch.autograd.Function):
-    """See ``conv3x3``."""
+class QuickGradient(torch.autograd.Function):
+    """The convolution with the gradient of ``Conv3x3``."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
