@@ -10,6 +10,7 @@
 PYTHON ?= python3
 PROCESSES ?= 2
 TORCH_INDEX ?=
+BENCH ?= ops model pipeline guards ops_cuda
 ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
@@ -35,8 +36,9 @@ lint: $(VENV)/.ready
 	@$(BIN)/ruff format --check .
 	@find book -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -exec $(BIN)/nbstripout --keep-id --verify {} +
 
+# Some half an hour, on an idle machine. The longer ones, such as BENCH=worker_memory, say themselves how they are run.
 bench: $(VENV)/.ready
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+	@set -e; for name in $(BENCH); do echo "== benchmarks/$$name.py"; $(BIN)/python benchmarks/$$name.py $(ARGS); done
 
 # The op tests with the C++ part built for AddressSanitizer and UBSan.
 sanitize: $(VENV)/.ready

@@ -50,6 +50,14 @@ def line(area: Area, report: Report) -> str:
     )
 
 
+def in_words(outcomes: Counter[str], most: int = 12) -> str:
+    """How often each outcome was seen, the frequent ones by name."""
+    words = [f"{count:,} {word}" for word, count in outcomes.most_common(most)]
+    if len(outcomes) > most:
+        words.append(f"{outcomes.total() - sum(count for _, count in outcomes.most_common(most)):,} of other kinds")
+    return ", ".join(words)
+
+
 def read(file: Path) -> dict[str, Report]:
     """What an earlier run has left, by area."""
     if not file.exists():
@@ -70,9 +78,6 @@ def write(file: Path, reports: dict[str, Report]) -> None:
     content = {"versions": versions, "areas": {name: vars(report) for name, report in reports.items()}}
     file.write_text(json.dumps(content, indent=1) + "\n")
     rows = "\n".join(line(AREAS[name], report) for name, report in reports.items())
-    words = "\n".join(
-        f"- {name}: " + ", ".join(f"{count:,} {word}" for word, count in report.outcomes.most_common())
-        for name, report in reports.items()
-    )
+    words = "\n".join(f"- {name}: {in_words(report.outcomes)}" for name, report in reports.items())
     used = ", ".join(f"{name} {version}" for name, version in versions.items())
     file.with_suffix(".md").write_text(f"{HEAD}{rows}\n\nWhat came of them:\n\n{words}\n\nWith {used}.\n")
