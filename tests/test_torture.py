@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import mmap
 import os
 import subprocess
 import sys
@@ -76,7 +77,8 @@ def harmful(number: int, folder: Path) -> str:
     if number == 6:
         raise AssertionError("a wrong answer")
     if number == 7:
-        bytearray(150 * 2**20)
+        with mmap.mmap(-1, 150 * 2**20) as fresh:  # of the heap there may be as much left over from other tests
+            fresh.write(bytes(len(fresh)))
     return "well"
 
 

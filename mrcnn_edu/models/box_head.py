@@ -44,7 +44,7 @@ class BoxHead(nn.Module):
         conv_norm: Norm | None = None,
     ) -> None:
         super().__init__()
-        self.classes, self.average = classes, average
+        self.classes, self.average, self.pooled_size = classes, average, pooled_size
         self.convs = conv_stack(channels, convs, conv_norm)
         channels = convs[-1] if convs else channels
         inputs = channels if average else channels * pooled_size**2

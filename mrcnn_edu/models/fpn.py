@@ -41,7 +41,7 @@ class FPN(nn.Module):
         for level in reversed(list(self.lateral)):
             x = self.lateral[level](features["c" + level[1:]])  # [B, channels, H/2^k, W/2^k]
             if above is not None:
-                x = x + F.interpolate(above, size=x.shape[-2:], mode="nearest")
+                x.add_(F.interpolate(above, size=x.shape[-2:], mode="nearest"))
             above = x
             pyramid[level] = self.output[level](x)
         if "p6" in self.levels:

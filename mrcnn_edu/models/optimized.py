@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from mrcnn_edu.models.box_head import BoxHead
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
 from mrcnn_edu.models.resnet import BasicBlock, Bottleneck, FrozenBatchNorm
 from mrcnn_edu.structures import Detections, ImageBatch, Proposals, Target
@@ -67,6 +68,7 @@ def optimized(model: MaskRCNN, precision: Literal["fp32", "bf16"]) -> OptimizedM
     fast = OptimizedMaskRCNN(model.config, **parts).to(model.pixel_mean.device).eval()
     fold_norms(fast)
     fuse_blocks(fast)
+    flatten_in_place(fast.box_head)
     for parameter in fast.parameters():  # these alone: the anchors, which are buffers, stay float32
         parameter.data = parameter.data.to(DTYPES[precision])
     return fast.to(memory_format=torch.channels_last)
@@ -98,8 +100,28 @@ def fuse_blocks(module: nn.Module) -> None:
             fuse_blocks(child)
 
 
+class FlattenLast(nn.Module):
+    """Pooled features ``[R, C, P, P]`` channels last to rows ``[R, P * P * C]``: as they lie, without a copy."""
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return pooled.permute(0, 2, 3, 1).flatten(1)
+
+
+def flatten_in_place(head: BoxHead) -> None:
+    """Let the first full layer of a box head take its inputs in the order in which they lie channels last, in place."""
+    if head.average or len(head.hidden) == 1:  # there is no map to flatten, or no layer
+        return
+    first = head.hidden[1]
+    rows = first.weight.unflatten(1, (-1, head.pooled_size**2)).transpose(1, 2).flatten(1)  # [out, P * P * C]
+    head.hidden[0], first.weight = FlattenLast(), nn.Parameter(rows, requires_grad=False)
+
+
 class FusedBlock(nn.Module):
-    """A residual block without norms, each convolution together with its ReLU, the last also with the shortcut."""
+    """A residual block without norms, each convolution together with its ReLU, the last also with the shortcut.
+
+    The result takes the place of the shortcut, of the block's own input where that is the identity: nothing else reads
+    it, since the maps that a pyramid reads are followed by a projection.
+    """
 
     def __init__(self, block: BasicBlock | Bottleneck) -> None:
         super().__init__()
@@ -114,14 +136,14 @@ class FusedBlock(nn.Module):
 
 
 def conv_relu(conv: nn.Conv2d, x: Tensor, added: Tensor | None = None) -> Tensor:
-    """``relu(conv(x) + added)``, in one pass over memory where that can be had."""
+    """``relu(conv(x) + added)``, in one pass over memory where that can be had; ``added`` is overwritten by it."""
     if not one_pass(x):
         y = conv(x)
-        return F.relu_(y if added is None else y.add_(added))
+        return F.relu_(y if added is None else added.add_(y))
     numbers = (conv.weight, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
     if added is None:
         return torch.ops.mkldnn._convolution_pointwise(x, *numbers, "relu", [], "")
-    return torch.ops.mkldnn._convolution_pointwise.binary(x, added, *numbers, "add", 1.0, "relu", [], "")
+    return torch.ops.mkldnn._convolution_pointwise_.binary(added, x, *numbers, "add", 1.0, "relu", [], "")
 
 
 def one_pass(x: Tensor) -> bool:
@@ -131,6 +153,6 @@ def one_pass(x: Tensor) -> bool:
     """
     if x.device.type != "cpu" or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
-    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise_"):
         return False
     return x.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
