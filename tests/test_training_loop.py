@@ -435,6 +435,13 @@ def test_a_device_that_is_not_there(data: Datasets, tmp_path: Path) -> None:
 # What it prints ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("device", ["", "gpu", [], 3.5, ("cpu",)], ids=repr)
+def test_a_device_that_is_none(data: Datasets, tmp_path: Path, device: object) -> None:
+    with pytest.raises(ValueError, match="device must be None or a name such as 'cpu'"):
+        train(CONFIG, tiny_model(), data[0], None, tmp_path / "run", device=device)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_few_lines_without_a_terminal(data: Datasets, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run(with_train(iterations=21, log_every=1), data, tmp_path / "run", progress=True)
     printed = capsys.readouterr()

@@ -140,7 +140,7 @@ def connected(device: torch.device | str | None = None) -> Iterator[World]:
     """
     mine = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized()
     if mine:
-        gpu = torch.cuda.is_available() if device is None else torch.device(device).type == "cuda"
+        gpu = torch.cuda.is_available() and (device is None or str(device).startswith("cuda"))
         if gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=TIMEOUT, **_meeting_place())
