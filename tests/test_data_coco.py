@@ -430,3 +430,8 @@ def test_pycocotools_never_sees_unchecked_runs(folder, monkeypatch):
     monkeypatch.setattr(coco_mask, "decode", lambda _: pytest.fail("decoded"))
     with pytest.raises(ValueError, match="annotation 5"):
         load(folder, content)
+
+
+def test_a_name_that_no_file_can_have(tmp_path):
+    with pytest.raises(ValueError, match=r"'a\\x00b.json' cannot be the name of a file"):
+        CocoDataset(tmp_path, "a\0b.json")

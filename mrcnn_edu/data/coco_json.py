@@ -58,6 +58,8 @@ def read_json(path: Path, faults: Faults) -> Any:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 text: {error}") from error
+    except ValueError as error:  # such as a zero byte in its name
+        raise ValueError(f"{str(path)!r} cannot be the name of a file: {error}") from error
     try:
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except RecursionError:
