@@ -1,6 +1,6 @@
 """The whole model beside torchvision's: one process, taking turns, equal results, medians of ratios.
 
-    python benchmarks/model.py                      two threads, both allocator settings, some eight minutes
+    python benchmarks/model.py                      two threads, both allocator settings, some fifteen minutes
     python benchmarks/model.py --only inference --rounds 7
 
 Mask R-CNN with ResNet-50-FPN, the twins of twins.py: equal weights, equal results before anything is timed. Inference

@@ -1,6 +1,6 @@
 """How much memory the loader's workers copy: a generated annotation file as large as COCO's, walked through by workers.
 
-Run it with ``python benchmarks/worker_memory.py``. It never runs with the tests.
+Run it with ``python benchmarks/worker_memory.py``, some ten minutes. It never runs with the tests.
 
 A worker begins as a copy of its parent that shares all pages. Python objects have reference counts in them, so merely
 reading a list of dicts copies its pages, worker by worker; the flat tensors of ``data.annotations`` stay shared. Both

@@ -5,7 +5,6 @@ Chapter 2 (run lengths and polygons) and Chapter 11 (mask targets). Paper: Secti
 
 from __future__ import annotations
 
-from array import array
 from reprlib import Repr
 from typing import Any, Literal, get_args
 
@@ -139,7 +138,7 @@ def _listed(counts: list[Any] | tuple[Any, ...], area: int) -> np.ndarray:
         if [*map(type, piece)].count(int) < len(piece):
             raise ValueError(f"'counts' must be a string or a list of whole numbers, got {short(counts)}")
         try:
-            runs = np.frombuffer(array("q", piece), dtype=np.int64)  # in half the time of np.array
+            runs = np.array(piece, dtype=np.int64)
         except OverflowError:
             runs = np.array([-1])
         if runs.min() < 0 or runs.max() > area:

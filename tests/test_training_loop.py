@@ -432,14 +432,14 @@ def test_a_device_that_is_not_there(data: Datasets, tmp_path: Path) -> None:
         run(CONFIG, data, tmp_path / "run", device="cuda")
 
 
-# What it prints ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("device", ["", "gpu", [], 3.5, ("cpu",)], ids=repr)
 def test_a_device_that_is_none(data: Datasets, tmp_path: Path, device: object) -> None:
     with pytest.raises(ValueError, match="device must be None or a name such as 'cpu'"):
         train(CONFIG, tiny_model(), data[0], None, tmp_path / "run", device=device)
     assert not (tmp_path / "run").exists()
+
+
+# What it prints ------------------------------------------------------------------------------------------------------
 
 
 def test_a_few_lines_without_a_terminal(data: Datasets, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

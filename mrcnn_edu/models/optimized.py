@@ -68,7 +68,7 @@ def optimized(model: MaskRCNN, precision: Literal["fp32", "bf16"]) -> OptimizedM
     fast = OptimizedMaskRCNN(model.config, **parts).to(model.pixel_mean.device).eval()
     fold_norms(fast)
     fuse_blocks(fast)
-    flatten_in_place(fast.box_head)
+    flatten_last(fast.box_head)
     for parameter in fast.parameters():  # these alone: the anchors, which are buffers, stay float32
         parameter.data = parameter.data.to(DTYPES[precision])
     return fast.to(memory_format=torch.channels_last)
@@ -107,7 +107,7 @@ class FlattenLast(nn.Module):
         return pooled.permute(0, 2, 3, 1).flatten(1)
 
 
-def flatten_in_place(head: BoxHead) -> None:
+def flatten_last(head: BoxHead) -> None:
     """Let the first full layer of a box head take its inputs in the order in which they lie channels last, in place."""
     if head.average or len(head.hidden) == 1:  # there is no map to flatten, or no layer
         return

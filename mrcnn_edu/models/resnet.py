@@ -53,8 +53,7 @@ class FrozenBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
-        scale, shift = (one[:, None, None].to(x.dtype) for one in (scale, shift))
-        return torch.addcmul(shift, x, scale)  # in one pass
+        return (x * scale[:, None, None].to(x.dtype)).add_(shift[:, None, None].to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, eps={self.eps}"
