@@ -1,4 +1,4 @@
-"""The RPN's quick gradient: the same as PyTorch's, wherever the gradient is, and left to PyTorch where it must be."""
+"""The 3x3 convolution's quick gradient: PyTorch's, wherever the gradient is, and left to it where it must be."""
 
 from __future__ import annotations
 
@@ -11,21 +11,29 @@ from mrcnn_edu.models import conv3x3
 from mrcnn_edu.models.conv3x3 import Conv3x3
 
 
+@pytest.fixture(autouse=True)
+def every_width(monkeypatch):
+    monkeypatch.setattr(conv3x3, "WIDE", 1)
+
+
 def gradients(asked: Tensor, layer: Conv3x3, x: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(asked, [t for t in (x, layer.weight, layer.bias) if t is not None], gradient)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("stride, size", [(1, (5, 15)), (2, (9, 30)), (2, (10, 29))])
 @pytest.mark.parametrize("cells", [0, 1, 9, 150], ids=lambda n: f"{n} cells of 150")
-def test_the_same_gradient_as_pytorch(cells, bias, memory_format):
+@pytest.mark.parametrize("at_once", [1, 2**20], ids=["row by row", "all rows at once"])
+def test_the_same_gradient_as_pytorch(at_once, cells, stride, size, bias, memory_format, monkeypatch):
+    monkeypatch.setattr(conv3x3, "AT_ONCE", at_once)
     torch.manual_seed(0)
-    layer = Conv3x3(5, 7, bias).to(memory_format=memory_format)
-    x = torch.randn(2, 5, 5, 15).contiguous(memory_format=memory_format).requires_grad_()
+    layer = Conv3x3(5, 7, stride, bias).to(memory_format=memory_format)
+    x = torch.randn(2, 5, *size).contiguous(memory_format=memory_format).requires_grad_()
     flat = torch.zeros(150, 7)
     flat[torch.randperm(150)[:cells]] = torch.randn(cells, 7)
     gradient = flat.view(2, 5, 15, 7).permute(0, 3, 1, 2)
-    wanted = F.conv2d(x, layer.weight, layer.bias, padding=1)
+    wanted = F.conv2d(x, layer.weight, layer.bias, stride, padding=1)
     found = layer(x)
     assert torch.equal(found, wanted)
     assert "QuickGradient" in type(found.grad_fn).__name__
@@ -47,13 +55,10 @@ def test_one_cell_by_hand():
 
 
 def test_only_what_is_asked_for():
-    layer, x = Conv3x3(3, 3), torch.randn(1, 3, 8, 8)
-    layer(x)[0, 0, 0, 0].backward()
-    assert x.grad is None and layer.weight.grad.count_nonzero() > 0
-    layer.requires_grad_(False)
-    x.requires_grad_()
+    layer, x = Conv3x3(3, 3).requires_grad_(False), torch.randn(1, 3, 8, 8, requires_grad=True)
     layer(x).sum().backward()
     torch.testing.assert_close(x.grad, torch.autograd.grad(F.conv2d(x, layer.weight, padding=1).sum(), x)[0])
+    assert layer.weight.grad is None and layer.bias.grad is None
 
 
 def test_nan_in_a_gradient_stays():
@@ -66,6 +71,11 @@ def test_nan_in_a_gradient_stays():
 def test_everything_else_is_left_to_pytorch(monkeypatch):
     monkeypatch.setattr(conv3x3.QuickGradient, "apply", lambda *_: pytest.fail("not ours"))
     layer, x = Conv3x3(4, 4), torch.randn(1, 4, 6, 6)
+    assert layer(x).requires_grad  # the image: there is no gradient to send further back
+    x.requires_grad_()
+    monkeypatch.setattr(conv3x3, "WIDE", 5)
+    assert layer(x).requires_grad
+    monkeypatch.setattr(conv3x3, "WIDE", 4)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
     with torch.inference_mode():
@@ -76,5 +86,5 @@ def test_everything_else_is_left_to_pytorch(monkeypatch):
 def test_hooks_are_called():
     seen, layer = [], Conv3x3(1, 1)
     layer.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    layer(torch.ones(1, 1, 4, 4))
+    layer(torch.ones(1, 1, 4, 4, requires_grad=True))
     assert seen == [(1, 1, 4, 4)]

@@ -39,7 +39,7 @@ def data(folder: Path) -> Datasets:
     return training_runs.datasets(folder)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -52,7 +52,7 @@ class FPN(nn.Module):
 def conv_norm(inputs: int, outputs: int, kernel: int, norm: Norm | None) -> nn.Module:
     """A convolution with a bias, or one without followed by a norm; initialised for layers without a ReLU."""
     bias = norm is None
-    layer = Conv3x3(inputs, outputs, bias) if kernel == 3 else nn.Conv2d(inputs, outputs, kernel, bias=bias)
+    layer = Conv3x3(inputs, outputs, bias=bias) if kernel == 3 else nn.Conv2d(inputs, outputs, kernel, bias=bias)
     nn.init.kaiming_uniform_(layer.weight, a=1)
     if norm is None:
         nn.init.zeros_(layer.bias)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from mrcnn_edu.config import MaskHeadConfig
 from mrcnn_edu.losses import mask_loss, multinomial_mask_loss
 from mrcnn_edu.masks import MaskTarget, crop_masks
+from mrcnn_edu.models.conv3x3 import Conv3x3
 from mrcnn_edu.models.resnet import Norm
 from mrcnn_edu.structures import Samples, Target
 
@@ -109,7 +110,7 @@ def conv_stack(channels: int, widths: tuple[int, ...], norm: Norm | None) -> nn.
     """3x3 convolutions of the given widths, each followed by its norm, if any, and a ReLU."""
     layers: list[nn.Module] = []
     for width in widths:
-        layers.append(nn.Conv2d(channels, width, 3, padding=1, bias=norm is None))
+        layers.append(Conv3x3(channels, width, bias=norm is None))
         nn.init.kaiming_normal_(layers[-1].weight, mode="fan_out", nonlinearity="relu")
         if norm is None:
             nn.init.zeros_(layers[-1].bias)

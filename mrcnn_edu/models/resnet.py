@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mrcnn_edu.models.conv3x3 import Conv3x3
 from mrcnn_edu.models.non_local import NonLocal
 
 Norm = Callable[[int], nn.Module]  # channels -> a normalisation layer
@@ -70,6 +71,8 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
     """A convolution without bias (the norm after it has one) that keeps the size up to its stride."""
+    if (kernel, groups, dilation) == (3, 1, 1):
+        return Conv3x3(inputs, outputs, stride, bias=False)
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2 * dilation, dilation, groups, bias=False)
 
 
