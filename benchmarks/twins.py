@@ -159,6 +159,9 @@ def inference(task: Task) -> Sides:
             raise RuntimeError(f"{name}: only {min(shares):.0%} of torchvision's detections were found for {task}")
     if has_bf16(task.device):  # its detections can be judged by AP only: random weights have near-ties everywhere
         sides["optimised, bf16"] = partial(pasted, ours.optimize("bf16"))
+    if task.device == "cuda":
+        for name, precision in (("optimised, graphs", "fp32"), ("optimised, bf16, graphs", "bf16")):
+            sides[name] = partial(pasted, ours.optimize(precision, graphs=True))
     return sides
 
 

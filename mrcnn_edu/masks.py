@@ -138,7 +138,7 @@ def _listed(counts: list[Any] | tuple[Any, ...], area: int) -> np.ndarray:
         if [*map(type, piece)].count(int) < len(piece):
             raise ValueError(f"'counts' must be a string or a list of whole numbers, got {short(counts)}")
         try:
-            runs = np.array(piece, dtype=np.int64)
+            runs = np.fromiter(piece, np.int64, len(piece))
         except OverflowError:
             runs = np.array([-1])
         if runs.min() < 0 or runs.max() > area:

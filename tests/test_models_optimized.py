@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from mrcnn_edu.config import ModelConfig
 from mrcnn_edu.data.shapes import write
 from mrcnn_edu.inference import predict
+from mrcnn_edu.models.graphed import Graphed
 from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
 from mrcnn_edu.models.optimized import FIXED_NORMS, FusedBlock, conv_relu, fold_norms, one_pass
 from mrcnn_edu.models.resnet import FrozenBatchNorm
@@ -155,6 +156,15 @@ def test_every_map_is_channels_last():
     with torch.inference_mode():
         features = fast.backbone(fast.normalise(images()))
     assert all(f.is_contiguous(memory_format=torch.channels_last) for f in list(features.values())[:4])
+
+
+def test_on_a_processor_nothing_is_recorded():
+    model = ready(R50_FPN)
+    fast, recorded = model.optimize(), model.optimize(graphs=True)
+    with torch.inference_mode():
+        for pair in zip(recorded(images()), fast(images())):
+            assert_same(*pair)
+    assert isinstance(recorded.backbone, Graphed) and not recorded.backbone._recordings
 
 
 def test_what_is_refused():

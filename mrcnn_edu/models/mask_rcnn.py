@@ -306,17 +306,18 @@ class MaskRCNN(nn.Module):
         logits = self.keypoint_head(self.roi_maps(self.keypoint_features, features, boxes))
         return list(zip(rows, logits.split([len(chosen) for chosen in rows])))
 
-    def optimize(self, precision: Literal["fp32", "bf16"] = "fp32") -> MaskRCNN:
+    def optimize(self, precision: Literal["fp32", "bf16"] = "fp32", graphs: bool = False) -> MaskRCNN:
         """A new model with the same detections in less time and nothing else; this one, in evaluation mode, stays.
 
         precision  of the weights and the maps; boxes and rois are float32 in either case. "bf16" is the faster one
                    where the processor has instructions for it, and rounds scores to some three digits
+        graphs     on a GPU record the backbone for each size of batch that comes, see ``graphed``
 
         Raises ValueError for a model in training mode, one that is optimised already, and another precision.
         """
         from mrcnn_edu.models.optimized import optimized  # which is built on this module
 
-        return optimized(self, precision)
+        return optimized(self, precision, graphs)
 
     def check(self, batch: ImageBatch, targets: list[Target] | None, proposals: list[Proposals] | None) -> None:
         """Refuse what does not fit: wrong counts, labels outside 1..K, boxes without area or not finite."""

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from mrcnn_edu.models.box_head import BoxHead
+from mrcnn_edu.models.graphed import Graphed
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
 from mrcnn_edu.models.resnet import BasicBlock, Bottleneck, FrozenBatchNorm
 from mrcnn_edu.structures import Detections, ImageBatch, Proposals, Target
@@ -56,7 +57,7 @@ class OptimizedMaskRCNN(MaskRCNN):
         return super().train(mode)
 
 
-def optimized(model: MaskRCNN, precision: Literal["fp32", "bf16"]) -> OptimizedMaskRCNN:
+def optimized(model: MaskRCNN, precision: Literal["fp32", "bf16"], graphs: bool) -> OptimizedMaskRCNN:
     """See ``MaskRCNN.optimize``."""
     if precision not in DTYPES:
         raise ValueError(f'precision must be "fp32" or "bf16", got {precision!r}')
@@ -71,6 +72,8 @@ def optimized(model: MaskRCNN, precision: Literal["fp32", "bf16"]) -> OptimizedM
     flatten_last(fast.box_head)
     for parameter in fast.parameters():  # these alone: the anchors, which are buffers, stay float32
         parameter.data = parameter.data.to(DTYPES[precision])
+    if graphs:
+        fast.backbone = Graphed(fast.backbone)
     return fast.to(memory_format=torch.channels_last)
 
 

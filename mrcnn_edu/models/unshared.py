@@ -27,9 +27,9 @@ class Unshared(nn.Module):
     def forward(self, batch: ImageBatch, boxes_only: bool = False) -> list[Detections]:
         return self.detector(batch, proposals=look(self.proposer, batch)[1], boxes_only=boxes_only)
 
-    def optimize(self, precision: Literal["fp32", "bf16"] = "fp32") -> Unshared:
+    def optimize(self, precision: Literal["fp32", "bf16"] = "fp32", graphs: bool = False) -> Unshared:
         """Both networks made ready for inference alone, see ``MaskRCNN.optimize``."""
-        return Unshared(self.proposer.optimize(precision), self.detector.optimize(precision)).eval()
+        return Unshared(*(model.optimize(precision, graphs) for model in (self.proposer, self.detector))).eval()
 
     @property
     def config(self) -> ModelConfig:
