@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HTML = ROOT / "_build/html"
 EXECUTED = ROOT / "_build/jupyter_execute"
 MOST_SECONDS = 180  # of processor time per chapter
+TALLEST = 8000  # px of a picture; Chromium leaves what is beyond 16384 white
 
 # What is asked of a loaded page; the answer is a list of complaints.
 LOOK = r"""
@@ -179,9 +180,10 @@ def complaints(browser: Browser, page: Path, scheme: str, shots: Path | None) ->
     if shots is not None:
         browser.value("document.activeElement.blur(); window.scrollTo(0, 0)")
         height = browser.value("document.documentElement.scrollHeight")
-        clip = {"x": 0, "y": 0, "width": 1280, "height": min(height, 16000), "scale": 1}
-        data = browser.ask("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)["data"]
-        (shots / f"{page.stem}-{scheme}.png").write_bytes(base64.b64decode(data))
+        for part, top in enumerate(range(0, height, TALLEST), start=1):
+            clip = {"x": 0, "y": top, "width": 1280, "height": min(height - top, TALLEST), "scale": 1}
+            data = browser.ask("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)["data"]
+            (shots / f"{page.stem}-{scheme}-{part}.png").write_bytes(base64.b64decode(data))
     return found
 
 

@@ -145,14 +145,14 @@ PRESETS = {name: Config(model) for name, model in MODELS.items()} | {
         # workers: where every core trains, they would only take turns with it.
         data=DataConfig(min_size=(160,), max_size=288, test_size=208, channel_shuffle=0.5, workers=0),
         train=TrainConfig(
-            iterations=2350,
+            iterations=2150,
             batch_size=4,
             optimiser="adamw",
             learning_rate=1e-3,
             betas=(0.9, 0.98),
             weight_decay=0.02,
             schedule="cosine",
-            warmup_iterations=188,
+            warmup_iterations=172,
             # Joints are few and their loss is large: unweighted, it shapes the backbone and the boxes hardly do.
             loss_weights=LossWeights(rpn_box=3.0, box=2.0, keypoint=0.7),
             clip_norm=5.0,
