@@ -1,6 +1,6 @@
 """The demo's task with torchvision's own detection classes: same data, widths, recipe and minutes on the same machine.
 
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 benchmarks/demo_against_torchvision.py --minutes 6
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node=2 benchmarks/demo_against_torchvision.py
 
 torchvision's blocks, pyramid, RPN, RoI heads, RoIAlign, NMS, samplers, losses and post-processing are put together at
 the widths of the ``maskrcnn_shapes`` preset and trained by this project's loop, which is the same for both. Ours is
@@ -9,12 +9,14 @@ and keypoint heads (ours: a few per image), rois of all classes train the keypoi
 initialised its way. Norms are ours and stand where ours stand, except in the two box layers and the keypoint convs,
 whose torchvision classes have none.
 
-The number of iterations is what fits into the minutes: measured first, then trained with the schedule stretched to it.
+The number of iterations is what fits into the time that the demo takes: both models are timed first, taking turns on
+the same batches, and the schedule is stretched to it.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -37,6 +39,7 @@ from mrcnn_edu.data.loading import train_loader
 from mrcnn_edu.demo import AREA_SCALE, demo_config
 from mrcnn_edu.evaluation.measure import measure
 from mrcnn_edu.evaluation.report import as_text
+from mrcnn_edu.models.mask_rcnn import build_model
 from mrcnn_edu.models.resnet import group_norm
 from mrcnn_edu.structures import Detections, ImageBatch, Target
 from mrcnn_edu.training.checkpoint import write_json
@@ -44,7 +47,9 @@ from mrcnn_edu.training.distributed import World, connected
 from mrcnn_edu.training.loop import train
 from mrcnn_edu.training.randomness import seed_rng
 from mrcnn_edu.training.schedule import build_optimiser
+from mrcnn_edu.training.setup import replicate
 
+WARM = 10  # steps that are not timed
 NAMES = {
     "loss_objectness": "objectness",
     "loss_rpn_box_reg": "rpn_box",
@@ -168,26 +173,39 @@ def as_detections(found: dict[str, Tensor]) -> Detections:
     return Detections(found["boxes"], found["scores"], found["labels"], found["masks"][:, 0], keypoints)
 
 
-def seconds_per_iteration(config: Config, data: CocoDataset, world: World, steps: int = 60, warm: int = 10) -> float:
+def seconds_per_iteration(model: nn.Module, config: Config, data: CocoDataset, world: World, steps: int = 50) -> float:
     """Measured over a few steps of real training, loading included; that of the slowest process."""
-    model = Torchvision(config.model).train().to(memory_format=torch.channels_last)
+    replica = replicate(model.train().to(memory_format=torch.channels_last)) if world.size > 1 else model
     optimiser = build_optimiser(model, config.train, config.model.conventions)
     batches = train_loader(data, config.data, config.train.batch_size, 99, 0, world.rank, world.size)
-    for step in range(steps + warm):
-        if step == warm:
+    for step in range(steps + WARM):
+        if step == WARM:
             began = time.perf_counter()
         batch, targets, _ = next(batches)
         optimiser.zero_grad()
-        sum(model(batch, targets).values()).backward()
+        batch = replace(batch, pixels=batch.pixels.contiguous(memory_format=torch.channels_last))
+        sum(replica(batch, targets).values()).backward()
         optimiser.step()
     batches.close()
     return max(world.gather((time.perf_counter() - began) / steps))
 
 
+def fitting_iterations(config: Config, data: CocoDataset, world: World, rounds: int) -> int:
+    """How many iterations of torchvision's classes take as long as the demo's of ours, by the median of the rounds."""
+    ratios = []
+    for _ in range(rounds):
+        ours = seconds_per_iteration(build_model(config.model), config, data, world)
+        theirs = seconds_per_iteration(Torchvision(config.model), config, data, world)
+        ratios.append(ours / theirs)
+        if world.rank == 0:
+            print(f"seconds per iteration: ours {ours:.3f}, torchvision's {theirs:.3f}", flush=True)
+    return round(config.train.iterations * statistics.median(ratios))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=6.0, help="of training")
-    parser.add_argument("--iterations", type=int, default=None, help="in place of minutes")
+    parser.add_argument("--iterations", type=int, default=None, help="in place of those that are found to fit")
+    parser.add_argument("--rounds", type=int, default=3, help="of timing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, default=Path("data/shapes"))
     parser.add_argument("--out", type=Path, default=Path("runs/torchvision"))
@@ -205,10 +223,9 @@ def compare(options: argparse.Namespace, world: World) -> None:
     seed_rng(options.seed)
     iterations = options.iterations
     if iterations is None:
-        seconds = seconds_per_iteration(demo_config(options.seed), train_data, world)
-        iterations = round(options.minutes * 60 / seconds)
+        iterations = fitting_iterations(demo_config(options.seed), train_data, world, options.rounds)
         if world.rank == 0:
-            print(f"{seconds:.3f} s per iteration: {iterations} iterations fit into {options.minutes:g} minutes")
+            print(f"{iterations} iterations of torchvision's classes take as long as the demo", flush=True)
     config = demo_config(options.seed, iterations)
     seed_rng(options.seed)
     model = Torchvision(config.model)
