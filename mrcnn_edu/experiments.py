@@ -92,7 +92,7 @@ _NUMBERS = ap("mask", THREE, 36.7, 59.5, 38.9)
 row("table2a/resnext-101-fpn", "ResNeXt-101-FPN", _NUMBERS, X101, train=RESNEXT, note=WHICH_X101)
 
 _SOFTMAX = masked(C4, loss="softmax")
-_NOTE = "the paper's text gives the AP as 5.5 points below sigmoid; the row's other numbers are not in our copy"
+_NOTE = "the AP is what the paper's text gives, 5.5 points below sigmoid; the row's AP50 and AP75 were not to be had"
 row("table2b/softmax", "softmax (multinomial)", {"mask AP": 24.8}, _SOFTMAX, note=_NOTE)
 row("table2b/sigmoid", "sigmoid (independent)", ap("mask", THREE, 30.3, 51.2, 31.5), C4)
 

@@ -3,7 +3,7 @@
 Chapter 20 (speed). Paper: Section 3.1, Training. Two facts help:
 
 - The gradient of the weights is one matrix product: the gradient at every cell times the 3 x 3 cells that it has seen.
-  oneDNN takes about twice as long as such a product (measured with AVX2, maps channels last).
+  oneDNN takes up to twice as long as such a product (measured with AVX2, maps channels last).
 - The RPN's losses look at 256 anchors per image, of some hundred thousand. So the gradient of its map is zero nearly
   everywhere, and both products of the way back, for the weights and for the features, need only the few cells where it
   is not.
