@@ -60,7 +60,8 @@ book: $(VENV)/.book
 	@rm -rf _build/.doctrees # links between pages of different age break; reading them all again is quick
 	@echo "Executing the chapters that have changed, a minute or two each ..."
 	@{ OMP_NUM_THREADS=1 $(BIN)/jupyter-book build . -n -W --keep-going 2>&1; echo $$? > _build/status; } \
-	  | tee _build/book.log | sed -n 's,.*/\(.*\)\.ipynb: Executed notebook in \([0-9]*\).*,  \1: \2 s,p'
+	  | tee _build/book.log | awk '/: Executed notebook in/ { sub(/.*\//, ""); sub(/\.ipynb: Executed notebook in/, ":"); \
+	    sub(/ *\[.*/, ""); print "  " $$0; fflush() }'
 	@test "$$(cat _build/status)" = 0 || { cat _build/book.log; exit 1; }
 	@echo "The book: _build/html/index.html"
 
