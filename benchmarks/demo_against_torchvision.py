@@ -31,6 +31,7 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, Keypoi
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.resnet import BasicBlock
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from twins import channels_last
 
 from mrcnn_edu.config import Config, ModelConfig
 from mrcnn_edu.data import shapes
@@ -175,7 +176,8 @@ def as_detections(found: dict[str, Tensor]) -> Detections:
 
 def seconds_per_iteration(model: nn.Module, config: Config, data: CocoDataset, world: World, steps: int = 50) -> float:
     """Measured over a few steps of real training, loading included; that of the slowest process."""
-    replica = replicate(model.train().to(memory_format=torch.channels_last)) if world.size > 1 else model
+    model.train().to(memory_format=torch.channels_last)
+    replica = replicate(model) if world.size > 1 else model
     optimiser = build_optimiser(model, config.train, config.model.conventions)
     batches = train_loader(data, config.data, config.train.batch_size, 99, 0, world.rank, world.size)
     for step in range(steps + WARM):
@@ -183,8 +185,7 @@ def seconds_per_iteration(model: nn.Module, config: Config, data: CocoDataset, w
             began = time.perf_counter()
         batch, targets, _ = next(batches)
         optimiser.zero_grad()
-        batch = replace(batch, pixels=batch.pixels.contiguous(memory_format=torch.channels_last))
-        sum(replica(batch, targets).values()).backward()
+        sum(replica(channels_last(batch), targets).values()).backward()
         optimiser.step()
     batches.close()
     return max(world.gather((time.perf_counter() - began) / steps))

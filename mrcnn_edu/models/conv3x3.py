@@ -17,6 +17,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
+Cells = tuple[Tensor, Tensor, Tensor]  # image, row and column [S]
+
 FEW = 1 / 8  # of the cells; with more, dense products are as fast
 WIDE = 128  # channels; with fewer, PyTorch is as fast, all in all
 AT_ONCE = 2**20  # numbers in the windows that are written out at a time, few enough for a processor's cache
@@ -74,9 +76,6 @@ class QuickGradient(torch.autograd.Function):
             if wants_weight:
                 for_weight = as_weight(rows.T @ windows_of(x, stride)[cells].flatten(1))
         return for_x, for_weight, for_bias, None
-
-
-Cells = tuple[Tensor, Tensor, Tensor]  # image, row and column [S]
 
 
 def few_cells(gradient: Tensor) -> Cells | None:
