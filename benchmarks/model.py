@@ -5,8 +5,9 @@
 
 Mask R-CNN with ResNet-50-FPN, the twins of twins.py: equal weights, equal results before anything is timed. Inference
 is from an image to its 100 masks in the image, as probabilities; a training step is forward, losses, backward and SGD
-with the stem and c2 frozen. "plain" is our model as it is built; "optimised" is ``model.optimize()``, and for training
-the memory layout that ``train`` chooses. The allocator settings are those of ops.py.
+with the stem and c2 frozen; on a GPU both also for 8 images at once. "plain" is our model as it is built; "optimised"
+is ``model.optimize()``, and for training the memory layout that ``train`` chooses. The allocator settings are those of
+ops.py.
 
 bfloat16 is measured where the processor has instructions for it, and a GPU where there is one. Run it on an idle
 machine; on a busy one ``--clock processor --threads 1`` counts the processor's seconds, which others change less.
@@ -33,12 +34,16 @@ from twins import Sides, Task, has_bf16, inference, training
 from mrcnn_edu import ops
 
 SETTINGS = ("default", "keep heap")
-SECTIONS = ("inference", "training", "inference memory", "training memory", "growth")
+SECTIONS = (
+    "inference", "training", "inference of 8", "training of 8", "inference memory", "training memory",
+    "inference of 8 memory", "training of 8 memory", "growth",
+)  # fmt: skip
 BARS = {  # times as fast as torchvision, at least
     ("inference", "default"): 1.9, ("inference", "keep heap"): 1.35, ("inference", "cuda"): 2.0,
     ("inference, bf16", "default"): 4.0, ("inference, bf16", "keep heap"): 2.5, ("inference, bf16", "cuda"): 2.0,
     ("training", "default"): 1.35, ("training", "keep heap"): 1.35, ("training", "cuda"): 2.0,
     ("training, bf16", "default"): 2.5, ("training, bf16", "keep heap"): 2.5, ("training, bf16", "cuda"): 2.0,
+    ("inference of 8, bf16, graphs", "cuda"): 2.0, ("training of 8, bf16, compiled", "cuda"): 2.0,
 }  # fmt: skip
 PEAK_SO_FAR = Path("/proc/self/clear_refs")  # Linux: 5 written into it makes the process forget its peak of memory
 CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
@@ -54,7 +59,10 @@ GROWTH = {  # one number at a time, around a small image
 TASKS = {
     "inference": lambda device: inference(Task(device=device)),
     "training": lambda device: training(Task(512, 512, images=2, device=device)),
+    "inference of 8": lambda device: inference(Task(images=8, device=device)),
+    "training of 8": lambda device: training(Task(images=8, device=device)),
 }
+ON_GPUS = ("inference of 8", "training of 8")  # 8 images of 800 x 1088 at once
 
 
 def measure(what: str, sides: Sides, rounds: int, allocator: str, clock: str) -> list[dict[str, object]]:
@@ -154,10 +162,9 @@ def page(report: dict) -> str:
         judged = "" if least is None else f"{least}x" if row["ratio"] >= least else f"{least}x: **no**"
         lines.append("| " + " | ".join(map(str, (*cells, judged))) + " |")
     if report["memory"]:
-        names = list(report["memory"][0]["gb"])
-        lines += ["", "Peak memory beside weights and images, GB:", "", f"| what | {' | '.join(names)} |"]
-        lines += ["|---" * (len(names) + 1) + "|"]
-        lines += [f"| {row['name']} | {' | '.join(map(str, row['gb'].values()))} |" for row in report["memory"]]
+        lines += ["", "Peak memory beside weights and images:", "", "| what | GB |", "|---|---|"]
+        for row in report["memory"]:
+            lines += [f"| {row['name']} | {', '.join(f'{name} {gb}' for name, gb in row['gb'].items())} |"]
     if report["growth"]:
         lines += ["", f"Inference as one number grows; else {SMALL.height} x {SMALL.width}, {SMALL.images} image, "
                   f"{SMALL.proposals} proposals, {SMALL.detections} detections; one round:", ""]  # fmt: skip
@@ -185,7 +192,9 @@ def main() -> None:
     before, found = conditions(), {}
     for section in [args.only] if args.only else SECTIONS:
         chosen = allocators if section in TASKS else once
-        if section.endswith("memory") and not PEAK_SO_FAR.exists():
+        if section.startswith(ON_GPUS):
+            chosen = [allocator for allocator in allocators if allocator == "cuda"]
+        elif section.endswith("memory") and not PEAK_SO_FAR.exists():
             chosen = [allocator for allocator in once if allocator == "cuda"]
         found[section] = [row for a in chosen for row in in_a_process(a, section, args)]
     report = described() | {

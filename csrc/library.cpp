@@ -25,6 +25,13 @@ TORCH_LIBRARY(mrcnn_edu, m) {
       "SymInt images, SymInt[] heights, SymInt[] widths, bool channels_last, int layer, int samples_per_bin, "
       "bool aligned, bool maximum) -> Tensor[]");
   m.def("nms(Tensor boxes, Tensor scores, Tensor? groups, float threshold, int? max_keep) -> Tensor");
+  // The same for several images, without waiting for the device, which is why only CUDA has it: from where each image's
+  // boxes begin the rows that it keeps, and how many they are. A row with a score of minus infinity is not there.
+  m.def(
+      "nms_images(Tensor boxes, Tensor scores, Tensor? groups, int[] counts, float threshold, int? max_keep) "
+      "-> (Tensor, Tensor)");
+  // relu(map + bias + added) in the place of the map, channels last; oneDNN has it for the CPU, so here it is for CUDA.
+  m.def("bias_relu_(Tensor(a!) map, Tensor bias, Tensor? added) -> ()");
   // Bool masks, or float32 probabilities without a threshold.
   m.def("paste(Tensor masks, Tensor boxes, int height, int width, float? threshold, bool integer) -> Tensor");
   // The same without the image around them: windows [N, (top, left, bottom, right)] and all their pixels in one row.

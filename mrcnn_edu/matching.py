@@ -30,12 +30,11 @@ def match(iou: Tensor, positive: float, negative: float, keep_best: bool = False
         nothing = torch.zeros(iou.shape[1], dtype=torch.int64, device=iou.device)
         return nothing, nothing + NEGATIVE
     best, matched = iou.max(dim=0)  # [N]
-    status = torch.full_like(matched, IGNORED)
-    status[best < negative] = NEGATIVE
-    status[best >= positive] = POSITIVE
+    found = best >= positive
     if keep_best:
         most = iou.amax(dim=1, keepdim=True)  # [G, 1]
-        status[((iou == most) & (most > 0)).any(dim=0)] = POSITIVE
+        found = found | ((iou == most) & (most > 0)).any(dim=0)
+    status = torch.full_like(matched, IGNORED).masked_fill_(best < negative, NEGATIVE).masked_fill_(found, POSITIVE)
     return matched, status
 
 
@@ -65,6 +64,15 @@ def split_crowd(target: Target) -> tuple[Target, Tensor]:
     if target.crowd is None or not target.crowd.any():
         return target, target.boxes[:0]
     return target[~target.crowd], target.boxes[target.crowd]
+
+
+def split_crowds(targets: list[Target]) -> tuple[list[Target], list[Tensor]]:
+    """``split_crowd`` for each target of a batch; a GPU is waited for once where there is no crowd."""
+    crowds = [target.crowd for target in targets if target.crowd is not None]
+    if crowds and torch.cat(crowds).any():
+        singles, regions = zip(*map(split_crowd, targets))
+        return list(singles), list(regions)
+    return targets, [target.boxes[:0] for target in targets]
 
 
 def ignore_crowd(status: Tensor, boxes: Tensor, crowd: Tensor, overlap: float | None) -> Tensor:

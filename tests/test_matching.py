@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.models.detection._utils import Matcher
 
-from mrcnn_edu.matching import IGNORED, NEGATIVE, POSITIVE, ignore_crowd, match, sample, split_crowd
+from mrcnn_edu.matching import IGNORED, NEGATIVE, POSITIVE, ignore_crowd, match, sample, split_crowd, split_crowds
 from mrcnn_edu.structures import Target
 
 # Tenths, so that ties and values exactly on a threshold are common.
@@ -143,6 +143,12 @@ def test_a_crowd_is_split_off():
     for plain in (Target(boxes, target.labels), Target(boxes, target.labels, crowd=torch.zeros(3, dtype=torch.bool))):
         single, crowd = split_crowd(plain)
         assert single is plain and crowd.shape == (0, 4)
+    without = Target(boxes, target.labels)
+    for batch in ([target, without], [without, without], []):
+        singles, crowds = split_crowds(batch)
+        for whole, single, crowd in zip(batch, singles, crowds, strict=True):
+            expected = split_crowd(whole)
+            assert torch.equal(single.boxes, expected[0].boxes) and torch.equal(crowd, expected[1])
 
 
 def test_negatives_in_a_crowd_are_ignored_by_hand():

@@ -137,3 +137,27 @@ def test_scores_of_any_precision(name, dtype):
         assert torch.equal(
             ops.nms(boxes, scores.to(dtype), 0.5), torchvision.ops.nms(boxes, scores.to(dtype).float(), 0.5)
         )
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_nms_of_images_is_nms_of_each(name):
+    counts = [300, 0, 1, 200]
+    boxes, scores = crowd(11, sum(counts))
+    groups = torch.randint(3, (sum(counts),), generator=generator(12))
+    absent = torch.rand(sum(counts), generator=generator(13)) < 0.3
+    marked = scores.masked_fill(absent, -torch.inf)
+    with ops.use(name):
+        for most in (None, 0, 20):
+            found = ops.nms_of_images(boxes, marked, groups, counts, 0.4, most)
+            assert len(found) == len(counts)
+            first = 0
+            for rows, count in zip(found, counts):
+                there = first + (~absent[first : first + count]).nonzero()[:, 0]
+                expected = there[ops.batched_nms(boxes[there], scores[there], groups[there], 0.4, most)]
+                assert torch.equal(rows + first, expected)
+                first += count
+        assert ops.nms_of_images(boxes[:0], scores[:0], groups[:0], [], 0.4) == []
+        with pytest.raises(ValueError, match="counts must be the rows of each image, 501 together, got"):
+            ops.nms_of_images(boxes, scores, groups, [300, 200], 0.4)
+        with pytest.raises(ValueError, match="is not finite"):
+            ops.nms_of_images(boxes, scores.masked_fill(absent, torch.nan), groups, counts, 0.4)

@@ -424,8 +424,8 @@ def test_3_1_nms_follows_the_box_branch():
     logits = torch.tensor([[0.0, 5.0], [0.0, 4.0]])
     for name, kept in ((C4, 1), (FPN, 2)):
         box = MODELS[name].box
-        found = detect_boxes(
-            logits, torch.zeros(2, 1, 4), proposals, (200, 200), box.delta_weights, 0.05, box.nms_threshold, 100
+        (found,) = detect_boxes(
+            logits, torch.zeros(2, 1, 4), [proposals], [(200, 200)], box.delta_weights, 0.05, box.nms_threshold, 100
         )
         assert len(found) == kept and found.boxes[0].tolist() == [0, 0, 100, 100]
 

@@ -10,7 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mrcnn_edu.ops import paste_masks
-from mrcnn_edu.structures import Detections, ImageBatch, Proposals, Samples, Target, check_image, check_target
+from mrcnn_edu.structures import (
+    Detections,
+    ImageBatch,
+    Proposals,
+    Samples,
+    Target,
+    check_image,
+    check_target,
+    check_targets,
+)
 
 SIZE = (12, 16)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="page-locked memory needs CUDA")
@@ -303,6 +312,25 @@ def test_values_no_training_should_see_are_refused():
     refused(r"\.masks must have the image's size 12 x 16, got 16 x 12", masks=torch.zeros(3, 16, 12).bool())
     refused(r"\.keypoints must have 17 joints, got 2", joints=17)
     refused(r"\.keypoints must be finite; mark unknown joints by v = 0", keypoints=torch.full((3, 2, 3), float("nan")))
+
+
+def test_a_batch_of_targets_is_checked_as_each_of_them():
+    good, sizes = make_target(), [SIZE, SIZE]
+    check_targets([good, make_target(masks=None, keypoints=None, crowd=None)], sizes, 3, 2)
+    check_targets([Target.empty(SIZE), good], sizes, 3, 2)
+    for changes in (
+        {"labels": torch.tensor([1, 0, 2])},
+        {"labels": torch.tensor([1, 4, 2])},
+        {"boxes": good.boxes.index_fill(0, torch.tensor([1]), float("nan"))},
+        {"boxes": good.boxes[:, [2, 1, 0, 3]]},
+        {"keypoints": torch.full((3, 2, 3), float("inf"))},
+        {"masks": torch.zeros(3, 16, 12).bool()},
+        {"keypoints": torch.zeros(3, 5, 3)},
+    ):
+        with pytest.raises(ValueError, match=r"^targets\[1\]\."):
+            check_targets([good, make_target(**changes)], sizes, 3, 2)
+    with pytest.raises(TypeError, match=r"^targets\[1\] must be a Target, got dict"):
+        check_targets([good, good.to_dict()], sizes, 3, 2)
 
 
 def test_only_targets_are_targets():

@@ -25,12 +25,30 @@ void roi_backward(
     const RoiProblem& problem, Number number, const void* gradient, const int32_t* winners, bool deterministic,
     BadRow bad_row, cudaStream_t stream);
 
-// `order` sorts the rows by score; `usable` says which scores are numbers. overlap is scratch of count * ceil(count / 64)
-// words, removed of ceil(count / 64) zeros. Writes the kept rows, best first, and how many there are.
+// Boxes of several images, one image after the other.
+constexpr int kMostImages = 128;  // what fits into the arguments of a kernel
+struct NmsImages {
+  unsigned count;
+  int64_t most_words;               // 64 rows make a word; those of the image with the most rows
+  int64_t first[kMostImages + 1];   // row of each image, and the end of the last one
+  int64_t overlap[kMostImages];     // each one's place in the table of overlaps, which has rows * words of the image
+};
+
+// image[row] is the number of the row's image.
+void images_of_rows(const NmsImages& images, int64_t* image, cudaStream_t stream);
+
+// `order` sorts the rows by image and then by score. overlap is scratch, removed scratch of most_words zeros per image.
+// From first[n] on `kept` gets the rows that image n keeps, best first, and kept_count[n] how many there are. With
+// `gaps` a row whose score is minus infinity is not there, else it is a bad one.
 void nms(
-    const float* boxes, const bool* usable, const int64_t* order, const int64_t* group, int64_t count,
-    double threshold, int64_t max_keep, unsigned long long* overlap, unsigned long long* removed, int64_t* kept,
+    const float* boxes, const double* scores, const int64_t* order, const int64_t* group, const NmsImages& images,
+    bool gaps, double threshold, int64_t max_keep, unsigned long long* overlap, unsigned long long* removed, int64_t* kept,
     int64_t* kept_count, BadRow bad_row, cudaStream_t stream);
+
+// map = relu(map + bias + added), channels last; added may be null. `aligned`: all three begin at multiples of 16 bytes.
+void bias_relu(
+    Number number, void* map, const void* bias, const void* added, int64_t cells, int64_t channels, bool aligned,
+    cudaStream_t stream);
 
 // Pixel n of the canvas [masks, height, width] is set within each mask's window; with `begin` [masks] only the windows
 // are written, mask n's from pixels + begin[n] on. Exactly one of set and probability is given.

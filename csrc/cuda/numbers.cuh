@@ -52,6 +52,36 @@ __device__ __forceinline__ void add(A (&sum)[V], A weight, const T* cell) {
   for (int v = 0; v < V; ++v) sum[v] += weight * to_sum<A>(pack.value[v]);
 }
 
+// The cells that a bin of one or two samples reads along one axis, each once: where the samples share a cell its weights
+// are added. A weight of 0 is no cell.
+template <typename A>
+struct Reads {
+  int cell[4];
+  A weight[4];
+
+  __device__ __forceinline__ Reads(const Samples<A>& samples, int cells) : cell{}, weight{} {
+    const Taps<A> first = taps_at(samples.position(0), cells);
+    cell[0] = first.low, weight[0] = first.low_weight;
+    cell[1] = first.high, weight[1] = first.high_weight;
+    if (samples.count < 2) return;
+    const Taps<A> second = taps_at(samples.position(1), cells);
+    add(2, second.low, second.low_weight);
+    add(3, second.high, second.high_weight);
+  }
+
+  __device__ __forceinline__ void add(int place, int other, A part) {
+    if (other == cell[0] && weight[0] != A(0)) weight[0] += part;
+    else if (other == cell[1] && weight[1] != A(0)) weight[1] += part;
+    else cell[place] = other, weight[place] = part;
+  }
+};
+
+// Are there so few samples in all bins of the RoI? So it is but for adaptive sampling and for whole cells.
+template <typename A>
+__device__ __forceinline__ bool few_samples(const Axis<A>& y, const Axis<A>& x) {
+  return y.layer != Layer::roi_pool && y.samples >= 1 && y.samples <= 2 && x.samples >= 1 && x.samples <= 2;
+}
+
 constexpr int kThreads = 256;  // per block
 
 // Enough blocks for so many items; very many items are taken in several rounds.
@@ -65,20 +95,19 @@ struct Launch {
 __device__ __forceinline__ int64_t first_item() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ int64_t item_step() { return int64_t(gridDim.x) * blockDim.x; }
 
-// Item number -> RoI, bin and group of channels; channels run fastest.
+// Item number -> RoI, row of bins and group of channels; channels run fastest.
 struct Place {
   int64_t roi, channel;
-  int by, bx;
+  int by;
 };
 __device__ __forceinline__ Place locate(const RoiProblem& problem, int64_t item, int64_t groups) {
-  Place place;
-  place.channel = item % groups;
-  int64_t bin = item / groups;
-  place.bx = static_cast<int>(bin % problem.bins_x);
-  bin /= problem.bins_x;
-  place.by = static_cast<int>(bin % problem.bins_y);
-  place.roi = bin / problem.bins_y;
-  return place;
+  if (problem.rois * problem.bins_y * groups < (int64_t(1) << 31)) {  // 32 bits divide several times as fast
+    const uint32_t small = static_cast<uint32_t>(item), line = small / static_cast<uint32_t>(groups);
+    const uint32_t bins = static_cast<uint32_t>(problem.bins_y);
+    return {line / bins, small % static_cast<uint32_t>(groups), static_cast<int>(line % bins)};
+  }
+  const int64_t line = item / groups;
+  return {line / problem.bins_y, item % groups, static_cast<int>(line % problem.bins_y)};
 }
 
 }  // namespace mrcnn_edu::cuda

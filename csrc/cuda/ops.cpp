@@ -4,7 +4,7 @@
 // rows that would lead them out of their memory and leave a note, which the next call turns into an error.
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/isfinite.h>
+#include <ATen/ops/index_select.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
@@ -123,31 +123,90 @@ std::vector<Tensor> roi_features_backward(
   return result;
 }
 
+std::tuple<Tensor, Tensor> nms_of(
+    const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& groups, at::IntArrayRef counts, bool gaps,
+    double threshold, std::optional<int64_t> max_keep) {
+  check_nms(boxes, scores, groups, threshold, max_keep);
+  TORCH_CHECK_VALUE(counts.size() <= kMostImages, "NMS on CUDA takes at most ", kMostImages, " images at once, got ",
+                    counts.size());
+  NmsImages images{static_cast<unsigned>(counts.size()), 0, {0}, {0}};
+  int64_t words_in_all = 0;
+  for (size_t n = 0; n < counts.size(); ++n) {
+    const int64_t words = (counts[n] + 63) / 64;
+    TORCH_CHECK_VALUE(counts[n] >= 0 && words <= 65535, "NMS on CUDA takes 0 to ", 65535 * 64,
+                      " boxes per image, got ", counts[n]);
+    images.first[n + 1] = images.first[n] + counts[n];
+    images.overlap[n] = words_in_all;
+    images.most_words = std::max(images.most_words, words);
+    words_in_all += counts[n] * words;
+  }
+  const int64_t rows_in_all = images.first[counts.size()];
+  TORCH_CHECK_VALUE(rows_in_all == boxes.size(0), "the images have ", rows_in_all, " boxes together, got ",
+                    boxes.size(0));
+  const c10::cuda::CUDAGuard guard(boxes.device());
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const auto indices = boxes.options().dtype(at::kLong);
+  Tensor kept = at::zeros({rows_in_all}, indices), kept_counts = at::zeros({int64_t(counts.size())}, indices);
+  if (rows_in_all == 0) return {kept, kept_counts};
+
+  const Tensor rows = boxes.contiguous(), score = scores.to(at::kDouble).contiguous();
+  Tensor order = std::get<1>(at::sort(score, /*stable=*/true, /*dim=*/0, /*descending=*/true));
+  if (counts.size() > 1) {
+    Tensor image = at::empty({rows_in_all}, indices);
+    images_of_rows(images, image.mutable_data_ptr<int64_t>(), stream);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
+    const Tensor by_image = std::get<1>(at::sort(image.index_select(0, order), /*stable=*/true, /*dim=*/0, false));
+    order = order.index_select(0, by_image);
+  }
+  order = order.contiguous();
+  const Tensor group = groups ? groups->contiguous() : Tensor();
+  Tensor overlap = at::empty({words_in_all}, indices);
+  Tensor removed = at::zeros({int64_t(counts.size()) * images.most_words}, indices);
+  using Word = unsigned long long;
+  nms(rows.const_data_ptr<float>(), score.const_data_ptr<double>(), order.const_data_ptr<int64_t>(),
+      groups ? group.const_data_ptr<int64_t>() : nullptr, images, gaps, threshold, max_keep.value_or(rows_in_all),
+      static_cast<Word*>(overlap.mutable_data_ptr()), static_cast<Word*>(removed.mutable_data_ptr()),
+      kept.mutable_data_ptr<int64_t>(), kept_counts.mutable_data_ptr<int64_t>(), bad_row(), stream);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  return {kept, kept_counts};
+}
+
 Tensor nms_op(
     const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& groups, double threshold,
     std::optional<int64_t> max_keep) {
-  check_nms(boxes, scores, groups, threshold, max_keep);
-  const c10::cuda::CUDAGuard guard(boxes.device());
-  const int64_t count = boxes.size(0), words = (count + 63) / 64;
-  TORCH_CHECK_VALUE(words <= 65535, "NMS on CUDA takes at most ", 65535 * 64, " boxes, got ", count);
-  const auto indices = boxes.options().dtype(at::kLong);
-  if (count == 0) return at::empty({0}, indices);
-  const Tensor rows = boxes.contiguous(), usable = at::isfinite(scores).contiguous();
-  const Tensor order = std::get<1>(at::sort(scores, /*stable=*/true, /*dim=*/0, /*descending=*/true)).contiguous();
-  const Tensor group = groups ? groups->contiguous() : Tensor();
-  Tensor overlap = at::empty({count * words}, indices), removed = at::zeros({words}, indices);
-  Tensor kept = at::empty({count}, indices), kept_count = at::empty({1}, indices);
-  using Word = unsigned long long;
-  nms(rows.const_data_ptr<float>(), usable.const_data_ptr<bool>(), order.const_data_ptr<int64_t>(),
-      groups ? group.const_data_ptr<int64_t>() : nullptr, count, threshold, max_keep.value_or(count),
-      static_cast<Word*>(overlap.mutable_data_ptr()), static_cast<Word*>(removed.mutable_data_ptr()),
-      kept.mutable_data_ptr<int64_t>(), kept_count.mutable_data_ptr<int64_t>(), bad_row(),
-      c10::cuda::getCurrentCUDAStream());
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  const auto [kept, counts] = nms_of(boxes, scores, groups, {boxes.size(0)}, /*gaps=*/false, threshold, max_keep);
   // The length of the result has to be known, so this one op waits for the device; its own bad rows are known as well.
-  const int64_t length = kept_count.item<int64_t>();
+  const int64_t length = counts.item<int64_t>();
   raise_reported();
   return kept.narrow(0, 0, length).clone();
+}
+
+std::tuple<Tensor, Tensor> nms_images(
+    const Tensor& boxes, const Tensor& scores, const std::optional<Tensor>& groups, at::IntArrayRef counts,
+    double threshold, std::optional<int64_t> max_keep) {
+  return nms_of(boxes, scores, groups, counts, /*gaps=*/true, threshold, max_keep);
+}
+
+void bias_relu_(Tensor& map, const Tensor& bias, const std::optional<Tensor>& added) {
+  TORCH_CHECK_VALUE(map.dim() == 4 && map.is_contiguous(MemoryFormat::ChannelsLast),
+                    "the map must be [B, C, H, W] and channels last, got ", map.sizes(), " with ", map.strides());
+  TORCH_CHECK_VALUE(bias.dim() == 1 && bias.size(0) == map.size(1) && bias.is_contiguous(), "the bias must be [",
+                    map.size(1), "], got ", bias.sizes());
+  TORCH_CHECK_VALUE(!added || (added->sizes() == map.sizes() && added->is_contiguous(MemoryFormat::ChannelsLast)),
+                    "what is added must be a map of the same size, channels last");
+  for (const Tensor* other : {&bias, added ? &*added : &bias}) {
+    TORCH_CHECK_VALUE(other->scalar_type() == map.scalar_type() && other->device() == map.device(),
+                      "the map, its bias and what is added must have one dtype and device");
+  }
+  if (map.numel() == 0) return;
+  const c10::cuda::CUDAGuard guard(map.device());
+  void* const cells = map.mutable_data_ptr();
+  const void* const summand = added ? added->const_data_ptr() : nullptr;
+  const bool aligned = (reinterpret_cast<uintptr_t>(cells) | reinterpret_cast<uintptr_t>(bias.const_data_ptr()) |
+                        reinterpret_cast<uintptr_t>(summand)) % 16 == 0;
+  bias_relu(number_of(map.scalar_type()), cells, bias.const_data_ptr(), summand, map.numel() / map.size(1), map.size(1),
+            aligned, c10::cuda::getCurrentCUDAStream());
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 Tensor with_ring_of_zeros(const Tensor& masks, bool integer) {
@@ -214,6 +273,8 @@ TORCH_LIBRARY_IMPL(mrcnn_edu, CUDA, m) {
   m.impl("roi_features", roi_features);
   m.impl("roi_features_backward", roi_features_backward);
   m.impl("nms", nms_op);
+  m.impl("nms_images", nms_images);
+  m.impl("bias_relu_", bias_relu_);
   m.impl("paste", paste_op);
   m.impl("paste_crops", paste_crops);
 }

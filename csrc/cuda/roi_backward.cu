@@ -2,15 +2,92 @@
 //
 // Chapter 9. From bins to cells: every bin adds to the cells it read, atomically. From cells to bins: every cell asks
 // which bins read it and adds up in a fixed order, for torch.use_deterministic_algorithms(True).
+#include <type_traits>
+
 #include "kernels.h"
 #include "numbers.cuh"
 
 namespace mrcnn_edu::cuda {
 namespace {
 
+// cell[v] += weight * share[v], whatever other threads add meanwhile. Hopper and later add four floats at once.
+template <typename A, int V>
+__device__ __forceinline__ void add_atomically(A* cell, A weight, const A (&share)[V]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  constexpr bool kAtOnce = std::is_same_v<A, float> && V == 4;
+#else
+  constexpr bool kAtOnce = false;
+#endif
+  if constexpr (kAtOnce) {
+    atomicAdd(reinterpret_cast<float4*>(cell),
+              make_float4(weight * share[0], weight * share[1], weight * share[2], weight * share[3]));
+  } else {
+    for (int v = 0; v < V; ++v) atomicAdd(cell + v, weight * share[v]);
+  }
+}
+
+// The share of one sample, sent to the cells it lies between.
+template <typename A, int V>
+__device__ void add_sample(
+    A* cells, const Samples<A>& ys, const Samples<A>& xs, int i, int j, const Axis<A>& y_axis, const Axis<A>& x_axis,
+    int64_t row, int64_t column, const A (&share)[V]) {
+  const Taps<A> y = taps_at(ys.position(i), y_axis.cells), x = taps_at(xs.position(j), x_axis.cells);
+  if (y.low_weight + y.high_weight == A(0) || x.low_weight + x.high_weight == A(0)) return;  // off the map
+  add_atomically(cells + y.low * row + x.low * column, y.low_weight * x.low_weight, share);
+  add_atomically(cells + y.low * row + x.high * column, y.low_weight * x.high_weight, share);
+  add_atomically(cells + y.high * row + x.low * column, y.high_weight * x.low_weight, share);
+  add_atomically(cells + y.high * row + x.high * column, y.high_weight * x.high_weight, share);
+}
+
+// One thread takes one row of bins of one RoI for V neighbouring channels.
+template <typename T, typename A, int V>
+__global__ void mean_to_cells(RoiProblem problem, const T* gradient, BadRow bad_row) {
+  const int64_t groups = problem.channels / V;
+  const int64_t items = problem.rois * problem.bins_y * groups;
+  for (int64_t item = first_item(); item < items; item += item_step()) {
+    const Place place = locate(problem, item, groups);
+    if (!problem.is_valid(place.roi)) {
+      if (place.channel == 0) *bad_row = static_cast<int>(place.roi) + 1;
+      continue;
+    }
+    const Axis<A> y_axis = problem.axis_y<A>(place.roi), x_axis = problem.axis_x<A>(place.roi);
+    const Samples<A> ys = samples_of_bin(y_axis, place.by);
+    A* cells = problem.image_cells<A>(place.roi) + place.channel * V;
+    const int64_t column = problem.channels, row = x_axis.cells * column;
+    const bool few = few_samples(y_axis, x_axis);
+    const Reads<A> y(ys, few ? y_axis.cells : 0);
+    const int64_t line = place.roi * problem.bins_y + place.by;
+    const Pack<T, V>* own = reinterpret_cast<const Pack<T, V>*>(gradient) + line * problem.bins_x * groups + place.channel;
+    for (int bx = 0; bx < problem.bins_x; ++bx) {
+      const Samples<A> xs = samples_of_bin(x_axis, bx);
+      if (ys.count == 0 || xs.count == 0) continue;
+      const Pack<T, V> pack = own[bx * groups];
+      A share[V];
+      for (int v = 0; v < V; ++v) share[v] = to_sum<A>(pack.value[v]) / (A(ys.count) * A(xs.count));
+      if (few) {
+        const Reads<A> x(xs, x_axis.cells);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (y.weight[i] == A(0)) continue;
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            if (x.weight[j] == A(0)) continue;
+            add_atomically(cells + y.cell[i] * row + x.cell[j] * column, y.weight[i] * x.weight[j], share);
+          }
+        }
+        continue;
+      }
+      for (int i = 0; i < ys.count; ++i) {
+        for (int j = 0; j < xs.count; ++j) add_sample(cells, ys, xs, i, j, y_axis, x_axis, row, column, share);
+      }
+    }
+  }
+}
+
+// The maximum's gradient goes to the winner alone.
 template <typename T, typename A>
-__global__ void bins_to_cells(RoiProblem problem, const T* gradient, const int32_t* winners, BadRow bad_row) {
-  const int64_t items = problem.rois * problem.bins_y * problem.bins_x * problem.channels;
+__global__ void winners_to_cells(RoiProblem problem, const T* gradient, const int32_t* winners, BadRow bad_row) {
+  const int64_t items = problem.rois * problem.bins_y * problem.channels;
   for (int64_t item = first_item(); item < items; item += item_step()) {
     const Place place = locate(problem, item, problem.channels);
     if (!problem.is_valid(place.roi)) {
@@ -18,30 +95,17 @@ __global__ void bins_to_cells(RoiProblem problem, const T* gradient, const int32
       continue;
     }
     const Axis<A> y_axis = problem.axis_y<A>(place.roi), x_axis = problem.axis_x<A>(place.roi);
-    const Samples<A> ys = samples_of_bin(y_axis, place.by), xs = samples_of_bin(x_axis, place.bx);
+    const Samples<A> ys = samples_of_bin(y_axis, place.by);
     A* cells = problem.image_cells<A>(place.roi) + place.channel;
     const int64_t column = problem.channels, row = x_axis.cells * column;
-    const int64_t samples = int64_t(ys.count) * xs.count;
-    if (samples == 0) continue;
-
-    // For the mean all samples, for the maximum the winner alone.
-    int64_t first = 0, last = samples;
-    A share = to_sum<A>(gradient[item]);
-    if (winners != nullptr) {
-      first = winners[item];
-      if (first < 0 || first >= samples) continue;
-      last = first + 1;
-    } else {
-      share /= A(ys.count) * A(xs.count);
-    }
-    for (int64_t sample = first; sample < last; ++sample) {
-      const Taps<A> y = taps_at(ys.position(static_cast<int>(sample / xs.count)), y_axis.cells);
-      const Taps<A> x = taps_at(xs.position(static_cast<int>(sample % xs.count)), x_axis.cells);
-      if (y.low_weight + y.high_weight == A(0) || x.low_weight + x.high_weight == A(0)) continue;  // off the map
-      atomicAdd(cells + y.low * row + x.low * column, y.low_weight * x.low_weight * share);
-      atomicAdd(cells + y.low * row + x.high * column, y.low_weight * x.high_weight * share);
-      atomicAdd(cells + y.high * row + x.low * column, y.high_weight * x.low_weight * share);
-      atomicAdd(cells + y.high * row + x.high * column, y.high_weight * x.high_weight * share);
+    const int64_t line = place.roi * problem.bins_y + place.by;
+    for (int bx = 0; bx < problem.bins_x; ++bx) {
+      const Samples<A> xs = samples_of_bin(x_axis, bx);
+      const int64_t bin = (line * problem.bins_x + bx) * problem.channels + place.channel;
+      const int32_t winner = winners[bin];
+      if (winner < 0 || winner >= int64_t(ys.count) * xs.count) continue;
+      const A share[1] = {to_sum<A>(gradient[bin])};
+      add_sample(cells, ys, xs, winner / xs.count, winner % xs.count, y_axis, x_axis, row, column, share);
     }
   }
 }
@@ -139,6 +203,13 @@ __global__ void cells_to_bins(RoiProblem problem, int level, const T* gradient, 
   }
 }
 
+// Can four channels be read and written together? Of the gradient that takes `bytes`, of a map sixteen.
+bool four_fit(const RoiProblem& problem, const void* gradient, size_t bytes) {
+  bool fits = problem.channels % 4 == 0 && reinterpret_cast<uintptr_t>(gradient) % bytes == 0;
+  for (int i = 0; i < problem.levels; ++i) fits &= reinterpret_cast<uintptr_t>(problem.maps[i].cells) % 16 == 0;
+  return fits;
+}
+
 }  // namespace
 
 void roi_backward(
@@ -149,8 +220,14 @@ void roi_backward(
     using A = decltype(a);
     const T* g = static_cast<const T*>(gradient);
     if (!deterministic) {
-      const Launch launch(problem.rois * problem.bins_y * problem.bins_x * problem.channels);
-      bins_to_cells<T, A><<<launch.blocks, kThreads, 0, stream>>>(problem, g, winners, bad_row);
+      const int64_t items = problem.rois * problem.bins_y * problem.channels;
+      if (winners != nullptr) {
+        winners_to_cells<T, A><<<Launch(items).blocks, kThreads, 0, stream>>>(problem, g, winners, bad_row);
+      } else if (four_fit(problem, gradient, 4 * sizeof(T))) {
+        mean_to_cells<T, A, 4><<<Launch(items / 4).blocks, kThreads, 0, stream>>>(problem, g, bad_row);
+      } else {
+        mean_to_cells<T, A, 1><<<Launch(items).blocks, kThreads, 0, stream>>>(problem, g, bad_row);
+      }
       return;
     }
     for (int level = 0; level < problem.levels; ++level) {

@@ -14,7 +14,7 @@ from mrcnn_edu.losses import box_loss, classification_loss, roi_losses
 from mrcnn_edu.matching import IGNORED, POSITIVE, ignore_crowd, match, sample
 from mrcnn_edu.models.mask_head import conv_stack, fc_stack, initialise_fc
 from mrcnn_edu.models.resnet import Norm
-from mrcnn_edu.ops import batched_nms, nms
+from mrcnn_edu.ops import nms, nms_of_images
 from mrcnn_edu.structures import Detections, Proposals, Samples, Size, Target
 
 Weights = tuple[float, float, float, float]
@@ -76,9 +76,9 @@ def label_rois(
     boxes = torch.cat([proposals.boxes, target.boxes])
     matched, status = match(box_ops.iou(target.boxes, boxes), positive_iou, positive_iou)
     status = ignore_crowd(status, boxes, crowd, crowd_overlap)
-    labels = torch.zeros(len(boxes), dtype=torch.int64, device=boxes.device)
-    positives = (status == POSITIVE).nonzero()[:, 0]
-    labels[positives] = target.labels[matched[positives]]
+    labels = torch.zeros_like(matched)
+    if len(target):
+        labels = torch.where(status == POSITIVE, target.labels[matched], labels)
     return Samples(boxes, labels, matched), status
 
 
@@ -150,14 +150,14 @@ def box_head_losses(
     """
     labels = torch.cat([part.labels for part in samples])
     positives = (labels > 0).nonzero()[:, 0]
-    wanted = []
-    for part, target in zip(samples, targets):
-        chosen = part[part.labels > 0]
-        wanted.append(box_ops.encode(target.boxes[chosen.matched], chosen.boxes, weights, plus_one))
+    rois = torch.cat([part.boxes for part in samples])
+    # Without a truth there is no positive either, so what stands there does not matter
+    truths = [t.boxes[part.matched] if len(t) else part.boxes for part, t in zip(samples, targets)]
+    wanted = box_ops.encode(torch.cat(truths)[positives], rois[positives], weights, plus_one)
     own = deltas[positives, labels[positives] - 1]  # [P, 4]
     return {
         "classification": classification_loss(class_logits, labels),
-        "box": box_loss(own, torch.cat(wanted), beta, max(len(labels), 1)),
+        "box": box_loss(own, wanted, beta, max(len(labels), 1)),
     }
 
 
@@ -165,33 +165,38 @@ def box_head_losses(
 def detect_boxes(
     class_logits: Tensor,
     deltas: Tensor,
-    proposals: Tensor,
-    size: Size,
+    proposals: list[Tensor],
+    sizes: list[Size],
     weights: Weights,
     score_threshold: float,
     nms_threshold: float,
     most: int,
     min_size: float = 0.0,
     plus_one: bool = False,
-) -> Detections:
-    """One image's detections: every class of every proposal above a score, thinned by NMS per class, the best kept.
+) -> list[Detections]:
+    """Each image's detections: every class of every proposal above a score, thinned by NMS per class, the best kept.
 
-    class_logits [R, K + 1], deltas [R, K, 4], proposals [R, 4] in image pixels
-    size      (height, width) to clip to
-    most      detections kept
-    min_size  least width and height, pixels; empty boxes never pass
+    class_logits [R, K + 1] and deltas [R, K, 4] of all images' proposals, one after the other
+    proposals  [[R_i, 4]], image pixels
+    sizes      [(height, width)] to clip to
+    most       detections kept per image
+    min_size   least width and height, pixels; empty boxes never pass
 
     Raises FloatingPointError for logits or deltas that are not finite: NaN would pass for "nothing found".
     """
     if not (class_logits.isfinite().all() & deltas.isfinite().all()):
         raise FloatingPointError("the box head gave logits or deltas that are not finite: look for NaN in the weights")
     scores = F.softmax(class_logits.float(), dim=-1)[:, 1:]  # [R, K]
-    boxes = box_ops.decode(deltas, proposals[:, None], weights, plus_one)  # [R, K, 4]
+    boxes = box_ops.decode(deltas, torch.cat(proposals)[:, None], weights, plus_one)  # [R, K, 4]
     roi, label = (scores > score_threshold).nonzero().unbind(1)
-    boxes, scores = box_ops.clip(boxes[roi, label], size).float(), scores[roi, label]
+    boxes, scores = boxes[roi, label], scores[roi, label]
+    ends = torch.tensor([len(part) for part in proposals], device=roi.device).cumsum(0)
+    counts = torch.searchsorted(roi, ends).diff(prepend=ends.new_zeros(1)).tolist()  # found in each image
+    boxes = torch.cat([box_ops.clip(part, size) for part, size in zip(boxes.split(counts), sizes)]).float()
     wide = box_ops.wide_enough(boxes, min_size) & (box_ops.area(boxes) > 0)
-    found = Detections(boxes, scores, label + 1)[wide]
-    return found[batched_nms(found.boxes, found.scores, found.labels, nms_threshold, max_keep=most)]
+    best = nms_of_images(boxes, scores.where(wide, -torch.inf), label, counts, nms_threshold, max_keep=most)
+    found = zip(boxes.split(counts), scores.split(counts), (label + 1).split(counts))
+    return [Detections(*parts)[rows] for parts, rows in zip(found, best)]
 
 
 def at_most(rows: Tensor, count: int | None) -> Tensor:

@@ -21,7 +21,7 @@ from mrcnn_edu.config import BoxHeadConfig, KeypointHeadConfig, MaskHeadConfig, 
 from mrcnn_edu.conventions import CONVENTIONS
 from mrcnn_edu.fields import lookup
 from mrcnn_edu.losses import ALL_LOSSES, HEAD_LOSSES, RPN_LOSSES, any_of
-from mrcnn_edu.matching import split_crowd
+from mrcnn_edu.matching import split_crowds
 from mrcnn_edu.models.backbone import Backbone, Res5, build_backbone
 from mrcnn_edu.models.box_head import (
     BoxHead,
@@ -38,7 +38,7 @@ from mrcnn_edu.models.resnet import FrozenBatchNorm, group_norm
 from mrcnn_edu.models.roi_features import RoIFeatures, build_roi_features
 from mrcnn_edu.models.rpn import RPN, Guess, propose, rpn_losses
 from mrcnn_edu.presets import model_config
-from mrcnn_edu.structures import Detections, ImageBatch, Proposals, Samples, Target, check_target
+from mrcnn_edu.structures import Detections, ImageBatch, Proposals, Samples, Target, check_targets
 
 
 class MaskRCNN(nn.Module):
@@ -146,7 +146,7 @@ class MaskRCNN(nn.Module):
         only: Collection[str] = ALL_LOSSES,
     ) -> dict[str, Tensor]:
         """The losses of both stages; their sum is what training minimises (Section 3, L = L_cls + L_box + L_mask)."""
-        targets, crowds = zip(*map(split_crowd, targets))
+        targets, crowds = split_crowds(targets)
         losses: dict[str, Tensor] = {}
         if any_of(RPN_LOSSES, only):
             losses |= self.first_stage(guess, batch, targets, crowds)
@@ -257,20 +257,19 @@ class MaskRCNN(nn.Module):
         """
         box, rules = self.config.box, self.config.conventions
         rois = [found.boxes for found in proposals]
-        counts = [len(part) for part in rois]
         class_logits, deltas = self.box_head(self.roi_maps(self.box_features, features, rois))
-        detections = [
-            detect_boxes(
-                *parts,
-                box.delta_weights,
-                box.score_threshold,
-                box.nms_threshold,
-                box.detections_per_image,
-                rules.detection_min_size,
-                rules.plus_one,
-            )
-            for parts in zip(class_logits.split(counts), deltas.split(counts), rois, batch.sizes)
-        ]
+        detections = detect_boxes(
+            class_logits,
+            deltas,
+            rois,
+            batch.sizes,
+            box.delta_weights,
+            box.score_threshold,
+            box.nms_threshold,
+            box.detections_per_image,
+            rules.detection_min_size,
+            rules.plus_one,
+        )
         if boxes_only:
             return detections
         if self.mask_head is not None:
@@ -325,8 +324,8 @@ class MaskRCNN(nn.Module):
             if parts is not None and len(parts) != len(batch):
                 raise ValueError(f"{name} must hold one entry per image, got {len(parts)} for {len(batch)} images")
         joints = self.config.keypoint.joints if self.config.keypoint is not None else None
-        for index, target in enumerate(targets or []):
-            check_target(target, batch.sizes[index], self.config.classes, joints, f"targets[{index}]")
+        if targets:
+            check_targets(targets, batch.sizes, self.config.classes, joints)
 
 
 def build_model(model: str | ModelConfig = "maskrcnn_resnet50_fpn", conventions: str | None = None) -> MaskRCNN:

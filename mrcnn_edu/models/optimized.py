@@ -24,6 +24,7 @@ from mrcnn_edu.models.box_head import BoxHead
 from mrcnn_edu.models.graphed import Graphed
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
 from mrcnn_edu.models.resnet import BasicBlock, Bottleneck, FrozenBatchNorm
+from mrcnn_edu.ops.backends import COMPILED_FOR
 from mrcnn_edu.structures import Detections, ImageBatch, Proposals, Target
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -69,6 +70,9 @@ def optimized(model: MaskRCNN, precision: Literal["fp32", "bf16"], graphs: bool)
     fast = OptimizedMaskRCNN(model.config, **parts).to(model.pixel_mean.device).eval()
     fold_norms(fast)
     fuse_blocks(fast)
+    fuse_rows(fast)
+    if isinstance(fast.rpn.conv, nn.Conv2d):
+        fast.rpn.conv = ConvReLU(fast.rpn.conv)  # the RPN's own ReLU then has nothing left to do
     flatten_last(fast.box_head)
     for parameter in fast.parameters():  # these alone: the anchors, which are buffers, stay float32
         parameter.data = parameter.data.to(DTYPES[precision])
@@ -101,6 +105,33 @@ def fuse_blocks(module: nn.Module) -> None:
             setattr(module, name, FusedBlock(child))
         else:
             fuse_blocks(child)
+
+
+def fuse_rows(module: nn.Module) -> None:
+    """Replace each convolution and the ReLU after it, in the rows of layers below ``module``, by one, in place."""
+    for name, child in module.named_children():
+        if type(child) is not nn.Sequential:
+            fuse_rows(child)
+            continue
+        layers: list[nn.Module] = []
+        for layer in child:
+            if isinstance(layer, nn.ReLU) and layers and isinstance(layers[-1], nn.Conv2d):
+                layers[-1] = ConvReLU(layers[-1])
+            elif not isinstance(layer, nn.Identity):
+                layers.append(layer)
+                fuse_rows(layer)
+        setattr(module, name, nn.Sequential(*layers))
+
+
+class ConvReLU(nn.Module):
+    """A convolution and the ReLU after it."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_relu(self.conv, x)
 
 
 class FlattenLast(nn.Module):
@@ -139,7 +170,11 @@ class FusedBlock(nn.Module):
 
 
 def conv_relu(conv: nn.Conv2d, x: Tensor, added: Tensor | None = None) -> Tensor:
-    """``relu(conv(x) + added)``, in one pass over memory where that can be had; ``added`` is overwritten by it."""
+    """``relu(conv(x) + added)``, in one pass over memory where that can be had; ``added`` may be overwritten by it."""
+    if x.is_cuda and "cuda" in COMPILED_FOR:
+        y = conv._conv_forward(x, conv.weight, None).contiguous(memory_format=torch.channels_last)
+        torch.ops.mrcnn_edu.bias_relu_(y, conv.bias, added)
+        return y
     if not one_pass(x):
         y = conv(x)
         return F.relu_(y if added is None else added.add_(y))
@@ -150,7 +185,7 @@ def conv_relu(conv: nn.Conv2d, x: Tensor, added: Tensor | None = None) -> Tensor
 
 
 def one_pass(x: Tensor) -> bool:
-    """Are there convolutions for this map that also add and cut off at zero? oneDNN has them, for the CPU only.
+    """Does oneDNN, PyTorch's library for the CPU, have such convolutions for this map?
 
     PyTorch keeps them private, for what torch.compile writes: another version may not have them.
     """

@@ -16,7 +16,7 @@ from mrcnn_edu.anchors import Rounding, cell_anchors, grid_anchors, inside
 from mrcnn_edu.losses import box_loss, objectness_loss
 from mrcnn_edu.matching import IGNORED, ignore_crowd, match, sample
 from mrcnn_edu.models.conv3x3 import Conv3x3
-from mrcnn_edu.ops import batched_nms
+from mrcnn_edu.ops import nms_of_images
 from mrcnn_edu.structures import Proposals, Size, Target
 
 
@@ -117,14 +117,12 @@ def propose(
     scores = guess.objectness.gather(1, rows).float().sigmoid()
     deltas = guess.deltas.gather(1, rows[..., None].expand(-1, -1, 4))
     candidates = box_ops.decode(deltas, guess.anchors[rows], plus_one=plus_one)
-    proposals = []
-    for boxes, score, group, size in zip(candidates, scores, level[rows], sizes):
-        boxes = box_ops.clip(boxes, size).float()
-        wide = (box_ops.wide_enough(boxes, min_size) & (box_ops.area(boxes) > 0)).nonzero()[:, 0]
-        boxes, score, group = boxes[wide], score[wide], group[wide]
-        best = batched_nms(boxes, score, group, nms_threshold, max_keep=post_nms)
-        proposals.append(Proposals(boxes[best], score[best]))
-    return proposals
+    boxes = torch.stack([box_ops.clip(image, size) for image, size in zip(candidates, sizes)]).float().flatten(0, 1)
+    wide = box_ops.wide_enough(boxes, min_size) & (box_ops.area(boxes) > 0)
+    present = scores.flatten().where(wide, -torch.inf)
+    counts = [rows.shape[1]] * len(rows)
+    best = nms_of_images(boxes, present, level[rows].flatten(), counts, nms_threshold, max_keep=post_nms)
+    return [Proposals(image[kept], score[kept]) for image, score, kept in zip(boxes.view_as(candidates), scores, best)]
 
 
 def rpn_losses(
@@ -150,23 +148,24 @@ def rpn_losses(
     crowd_overlap  negatives with this share of themselves inside a crowd region are ignored
     divisor        "sampled": the anchors really drawn; "batch": ``batch_per_image`` for every image
     """
-    chosen, positive, wanted = [], [], []
+    chosen, truths, counts = [], [], []  # the anchors drawn from each image, positives first
     for target, crowd, size in zip(targets, crowds, sizes):
         matched, status = match(box_ops.iou(target.boxes, guess.anchors), positive_iou, negative_iou, keep_best=True)
         status = ignore_crowd(status, guess.anchors, crowd, crowd_overlap)
         if straddle is not None:
             status = torch.where(inside(guess.anchors, size, straddle), status, IGNORED)
         positives, negatives = sample(status, batch_per_image, positive_fraction)
-        chosen.append(torch.cat([positives, negatives]))
-        positive.append(positives)
-        wanted.append(box_ops.encode(target.boxes[matched[positives]], guess.anchors[positives], plus_one=plus_one))
-    count = sum(map(len, chosen)) if divisor == "sampled" else batch_per_image * len(targets)
-    logits = torch.cat([guess.objectness[image, rows] for image, rows in enumerate(chosen)])
-    deltas = torch.cat([guess.deltas[image, rows] for image, rows in enumerate(positive)])
-    is_positive = torch.cat(
-        [torch.arange(len(rows), device=rows.device) < len(found) for rows, found in zip(chosen, positive)]
-    )
+        chosen += [positives, negatives]
+        truths.append(target.boxes[matched[positives]])
+        counts += [len(positives), len(negatives)]
+    # From here on all images at once, since a GPU is done with small tensors before it has been told the next step.
+    anchor, numbers, images = torch.cat(chosen), torch.tensor(counts), torch.arange(len(targets))
+    image = images.repeat_interleave(2).repeat_interleave(numbers)
+    positive = torch.tensor([True, False]).repeat(len(targets)).repeat_interleave(numbers)
+    image, positive, found = (part.to(anchor.device) for part in (image, positive, positive.nonzero()[:, 0]))
+    wanted = box_ops.encode(torch.cat(truths), guess.anchors[anchor[found]], plus_one=plus_one)
+    count = max(len(anchor) if divisor == "sampled" else batch_per_image * len(targets), 1)
     return {
-        "objectness": objectness_loss(logits, is_positive, max(count, 1)),
-        "rpn_box": box_loss(deltas, torch.cat(wanted), beta, max(count, 1)),
+        "objectness": objectness_loss(guess.objectness[image, anchor], positive, count),
+        "rpn_box": box_loss(guess.deltas[image[found], anchor[found]], wanted, beta, count),
     }

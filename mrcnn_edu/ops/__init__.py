@@ -24,6 +24,7 @@ __all__ = [
     "backend",
     "batched_nms",
     "nms",
+    "nms_of_images",
     "paste_crops",
     "paste_masks",
     "paste_rle",
@@ -164,6 +165,36 @@ def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, threshold: float,
     returns  [n] int64, the rows that are kept, best first over all groups
     """
     return _nms(boxes, scores, groups, threshold, max_keep)
+
+
+def nms_of_images(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor,
+    counts: Sequence[int],
+    threshold: float,
+    max_keep: int | None = None,
+) -> list[Tensor]:
+    """``batched_nms`` of several images at once: on a GPU one call, and one look at what came out.
+
+    boxes    [N, (x1, y1, x2, y2)] of all images, image after image
+    scores   [N]; a row whose score is minus infinity is not there, so that nobody has to wait for a GPU to count rows
+    counts   the rows of each image
+    returns  one [n] int64 per image, rows counted from the image's first; other arguments as in ``batched_nms``
+
+    Raises ValueError for counts that are not those of the boxes.
+    """
+    checks.boxes_and_scores(boxes, scores, groups, threshold, max_keep)
+    if sum(counts) != len(boxes) or min(counts, default=0) < 0:
+        raise ValueError(f"counts must be the rows of each image, {len(boxes)} together, got {list(counts)}")
+    run = implementation(boxes.device)
+    if run is compiled and boxes.is_cuda and len(counts) <= compiled.MOST_IMAGES:
+        return compiled.nms_of_images(boxes, scores, groups, counts, float(threshold), max_keep)
+    kept = []
+    for image in zip(boxes.split(counts), scores.split(counts), groups.split(counts)):
+        there = (image[1] != -torch.inf).nonzero()[:, 0]
+        kept.append(there[_nms(*(part[there] for part in image), threshold, max_keep)])
+    return kept
 
 
 def _nms(boxes, scores, groups, threshold, max_keep) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 LAYERS = {"roi_pool": 0, "roi_warp": 1, "roi_align": 2}
 MAX_LEVELS = 8  # kMaxLevels in csrc/roi_problem.h
+MOST_IMAGES = 128  # kMostImages in csrc/cuda/kernels.h
 
 
 def _load() -> str | None:
@@ -80,6 +81,19 @@ def roi_features(
 def nms(boxes: Tensor, scores: Tensor, groups: Tensor | None, threshold: float, max_keep: int | None) -> Tensor:
     """Indices [n] int64, best first, of the boxes that no better kept box of their group overlaps too much."""
     return torch.ops.mrcnn_edu.nms(boxes, scores, groups, threshold, max_keep)
+
+
+def nms_of_images(
+    boxes: Tensor, scores: Tensor, groups: Tensor, counts: Sequence[int], threshold: float, max_keep: int | None
+) -> list[Tensor]:
+    """The same for several images on a GPU, which is asked once how many rows there are; see ``ops.nms_of_images``."""
+    rows, kept = torch.ops.mrcnn_edu.nms_images(
+        boxes.detach(), scores.detach(), groups, list(counts), threshold, max_keep
+    )
+    numbers = kept.tolist()
+    torch.ops.mrcnn_edu.raise_reported()  # of this call too, now that it is through
+    firsts = [sum(counts[:image]) for image in range(len(counts))]
+    return [rows[first : first + number] - first for first, number in zip(firsts, numbers)]
 
 
 def paste(mask_probs: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float | None, rule: str) -> Tensor:
@@ -147,6 +161,10 @@ def _fake_nms(boxes, scores, groups, threshold, max_keep) -> Tensor:
     return boxes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 
+def _fake_nms_images(boxes, scores, groups, counts, threshold, max_keep) -> tuple[Tensor, Tensor]:
+    return boxes.new_empty(boxes.shape[0], dtype=torch.int64), boxes.new_empty(len(counts), dtype=torch.int64)
+
+
 def _fake_paste(masks, boxes, height, width, threshold, integer) -> Tensor:
     dtype = torch.float32 if threshold is None else torch.bool
     return masks.new_empty((masks.shape[0], height, width), dtype=dtype)
@@ -190,6 +208,7 @@ if MISSING is None:
     torch.library.register_fake("mrcnn_edu::roi_features", _fake_roi_features)
     torch.library.register_fake("mrcnn_edu::roi_features_backward", _fake_roi_features_backward)
     torch.library.register_fake("mrcnn_edu::nms", _fake_nms)
+    torch.library.register_fake("mrcnn_edu::nms_images", _fake_nms_images)
     torch.library.register_fake("mrcnn_edu::paste", _fake_paste)
     torch.library.register_fake("mrcnn_edu::paste_crops", _fake_paste_crops)
     torch.library.register_autograd("mrcnn_edu::roi_features", _backward, setup_context=_remember)

@@ -200,6 +200,8 @@ def choose_device(device: torch.device | str | None, world: World = ALONE) -> to
                 f"has {torch.cuda.device_count()}; start no more than that, and ask for device 'cuda'"
             )
         chosen = torch.device("cuda", world.local_rank)
+    if chosen.index is None:
+        chosen = torch.device("cuda", torch.cuda.current_device())
     torch.cuda.set_device(chosen)
     return chosen
 

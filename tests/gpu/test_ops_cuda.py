@@ -133,6 +133,49 @@ def test_nms_of_very_many_boxes():
     assert torch.equal(ops.nms(boxes.cuda(), scores.cuda(), 0.5).cpu(), ops.nms(boxes, scores, 0.5))
 
 
+def test_nms_of_images_equals_image_after_image():
+    g = torch.Generator().manual_seed(3)
+    counts = [0, 1, 700, 64, 65, 3000, 0]
+    corner = torch.rand(sum(counts), 2, generator=g) * 300
+    boxes = torch.cat([corner, corner + 5 + torch.rand(sum(counts), 2, generator=g) * 90], dim=1)
+    scores = torch.rand(sum(counts), generator=g)
+    scores[::3], scores[1::7] = 0.5, -torch.inf
+    groups = torch.randint(3, (sum(counts),), generator=g)
+    for most in (None, 0, 100):
+        expected = ops.nms_of_images(boxes, scores, groups, counts, 0.5, most)
+        got = ops.nms_of_images(boxes.cuda(), scores.cuda(), groups.cuda(), counts, 0.5, most)
+        assert len(got) == len(counts) and all(torch.equal(a.cpu(), b) for a, b in zip(got, expected))
+
+
+def test_nms_of_images_reports_bad_rows():
+    boxes = torch.tensor([[0.0, 0, 9, 9], [1, 1, torch.nan, 5]], device="cuda")
+    scores, groups = torch.tensor([0.5, 0.4], device="cuda"), torch.zeros(2, dtype=torch.int64, device="cuda")
+    with pytest.raises(ValueError, match="row 1 of"):
+        ops.nms_of_images(boxes, scores, groups, [1, 1], 0.5)
+    with pytest.raises(ValueError, match="row 1 of"):
+        ops.nms(boxes[[0, 0]], torch.tensor([0.5, -torch.inf], device="cuda"), 0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 6, 64])
+def test_bias_relu_is_what_it_says(dtype, channels):
+    g = torch.Generator().manual_seed(channels)
+    whole, added = (torch.randn(2, channels, 5, 7, generator=g, dtype=torch.float64) for _ in range(2))
+    bias = torch.randn(channels, generator=g, dtype=torch.float64)
+    whole[0, 0, 0, 0] = torch.nan
+    for other in (None, added):
+        place, more = (
+            None if part is None else part.to("cuda", dtype).contiguous(memory_format=torch.channels_last)
+            for part in (whole, other)
+        )
+        expected = place.double() + bias.to("cuda", dtype).double()[:, None, None]
+        expected = (expected if more is None else expected + more.double()).relu()
+        torch.ops.mrcnn_edu.bias_relu_(place, bias.to("cuda", dtype), more)
+        torch.testing.assert_close(place.double(), expected, rtol=1e-2, atol=1e-2, equal_nan=True)
+    with pytest.raises(ValueError, match="channels last"):
+        torch.ops.mrcnn_edu.bias_relu_(torch.zeros(2, 3, 4, 5, device="cuda"), torch.zeros(3, device="cuda"), None)
+
+
 @pytest.mark.parametrize("rule", ["continuous", "integer"])
 @pytest.mark.parametrize("threshold", [0.5, None])
 def test_paste_equals_the_cpu(rule, threshold):
