@@ -171,7 +171,10 @@ def inference(task: Task) -> Sides:
 
 @contextmanager
 def exactly() -> Iterator[None]:
-    """Without TF32, in which GPUs round what convolutions multiply to ten bits: random weights then find other boxes."""
+    """Without TF32, in which GPUs round what convolutions multiply to ten bits; random weights make other boxes of it.
+
+    Timed is what users run, with TF32 on both sides.
+    """
     rounded, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
     try:
         yield

@@ -83,6 +83,7 @@ __device__ __forceinline__ bool few_samples(const Axis<A>& y, const Axis<A>& x) 
 }
 
 constexpr int kThreads = 256;  // per block
+constexpr int64_t kThreadsAtOnce = 1 << 17;  // about what a large GPU has room for
 
 // Enough blocks for so many items; very many items are taken in several rounds.
 struct Launch {
@@ -95,19 +96,19 @@ struct Launch {
 __device__ __forceinline__ int64_t first_item() { return int64_t(blockIdx.x) * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ int64_t item_step() { return int64_t(gridDim.x) * blockDim.x; }
 
-// Item number -> RoI, row of bins and group of channels; channels run fastest.
+// Item number -> RoI, row of bins, part of the row and group of channels; channels run fastest.
 struct Place {
   int64_t roi, channel;
-  int by;
+  int by, part;
 };
-__device__ __forceinline__ Place locate(const RoiProblem& problem, int64_t item, int64_t groups) {
-  if (problem.rois * problem.bins_y * groups < (int64_t(1) << 31)) {  // 32 bits divide several times as fast
-    const uint32_t small = static_cast<uint32_t>(item), line = small / static_cast<uint32_t>(groups);
-    const uint32_t bins = static_cast<uint32_t>(problem.bins_y);
-    return {line / bins, small % static_cast<uint32_t>(groups), static_cast<int>(line % bins)};
+__device__ __forceinline__ Place locate(const RoiProblem& problem, int64_t item, int64_t groups, int parts = 1) {
+  if (problem.rois * problem.bins_y * parts * groups < (int64_t(1) << 31)) {  // 32 bits divide several times as fast
+    const uint32_t small = static_cast<uint32_t>(item), bin = small / static_cast<uint32_t>(groups);
+    const uint32_t line = bin / parts, bins = static_cast<uint32_t>(problem.bins_y);
+    return {line / bins, small % static_cast<uint32_t>(groups), static_cast<int>(line % bins), static_cast<int>(bin % parts)};
   }
-  const int64_t line = item / groups;
-  return {line / problem.bins_y, item % groups, static_cast<int>(line % problem.bins_y)};
+  const int64_t bin = item / groups, line = bin / parts;
+  return {line / problem.bins_y, item % groups, static_cast<int>(line % problem.bins_y), static_cast<int>(bin % parts)};
 }
 
 }  // namespace mrcnn_edu::cuda

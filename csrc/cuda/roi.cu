@@ -1,7 +1,7 @@
 // RoI layers on CUDA, forward.
 //
-// Chapter 9. One thread computes one row of bins of one RoI for a few neighbouring channels. Maps are channels last, so
-// that the threads of a warp read one stretch of memory, sixteen bytes each.
+// Chapter 9. One thread computes one row of bins of one RoI for a few neighbouring channels, or one bin of the row where
+// there are few RoIs. Maps are channels last, so that the threads of a warp read one stretch of memory, sixteen bytes each.
 #include "kernels.h"
 #include "numbers.cuh"
 
@@ -28,16 +28,17 @@ __device__ void add_samples(
 }
 
 template <typename T, typename A, int V>
-__global__ void mean_forward(RoiProblem problem, T* out, BadRow bad_row) {
+__global__ void mean_forward(RoiProblem problem, int parts, T* out, BadRow bad_row) {
   const int64_t groups = problem.channels / V;
-  const int64_t items = problem.rois * problem.bins_y * groups;
+  const int64_t items = problem.rois * problem.bins_y * parts * groups;
   for (int64_t item = first_item(); item < items; item += item_step()) {
-    const Place place = locate(problem, item, groups);
+    const Place place = locate(problem, item, groups, parts);
+    const int first = parts == 1 ? 0 : place.part, end = parts == 1 ? problem.bins_x : place.part + 1;
     const int64_t line = place.roi * problem.bins_y + place.by;
     Pack<T, V>* result = reinterpret_cast<Pack<T, V>*>(out) + line * problem.bins_x * groups + place.channel;
     if (!problem.is_valid(place.roi)) {
       if (place.channel == 0) *bad_row = static_cast<int>(place.roi) + 1;
-      for (int bx = 0; bx < problem.bins_x; ++bx) result[bx * groups] = Pack<T, V>::zero();
+      for (int bx = first; bx < end; ++bx) result[bx * groups] = Pack<T, V>::zero();
       continue;
     }
     const Axis<A> y_axis = problem.axis_y<A>(place.roi), x_axis = problem.axis_x<A>(place.roi);
@@ -46,7 +47,7 @@ __global__ void mean_forward(RoiProblem problem, T* out, BadRow bad_row) {
     const int64_t column = problem.channels, row = x_axis.cells * column;  // steps between cells
     const bool few = few_samples(y_axis, x_axis);
     const Reads<A> y(ys, few ? y_axis.cells : 0);
-    for (int bx = 0; bx < problem.bins_x; ++bx) {
+    for (int bx = first; bx < end; ++bx) {
       const Samples<A> xs = samples_of_bin(x_axis, bx);
       A sum[V] = {};
       if (few) {
@@ -131,14 +132,11 @@ void roi_mean_forward(const RoiProblem& problem, Number number, void* out, BadRo
     using T = decltype(t);
     using A = decltype(a);
     constexpr int kPack = 16 / sizeof(T);
-    const int64_t lines = problem.rois * problem.bins_y;
-    if (sixteen_byte_rows(problem, out, kPack)) {
-      const Launch launch(lines * problem.channels / kPack);
-      mean_forward<T, A, kPack><<<launch.blocks, kThreads, 0, stream>>>(problem, static_cast<T*>(out), bad_row);
-    } else {
-      const Launch launch(lines * problem.channels);
-      mean_forward<T, A, 1><<<launch.blocks, kThreads, 0, stream>>>(problem, static_cast<T*>(out), bad_row);
-    }
+    const bool together = sixteen_byte_rows(problem, out, kPack);
+    const int64_t rows = problem.rois * problem.bins_y * problem.channels / (together ? kPack : 1);
+    const int parts = rows < kThreadsAtOnce ? problem.bins_x : 1;
+    const auto kernel = together ? mean_forward<T, A, kPack> : mean_forward<T, A, 1>;
+    kernel<<<Launch(rows * parts).blocks, kThreads, 0, stream>>>(problem, parts, static_cast<T*>(out), bad_row);
   });
 }
 

@@ -273,7 +273,7 @@ def _loader(samples: _Samples, order: Any, workers: int, timeout: float) -> Data
         collate_fn=PackedBatch.collate,
         timeout=timeout if workers else 0,
         prefetch_factor=PREFETCH if workers else None,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_initialized(),  # for a model on a GPU; asking for more would start one
         worker_init_fn=_start_worker,
         generator=torch.Generator().manual_seed(0),  # else the loader draws from, and so moves, the global generator
     )

@@ -41,12 +41,22 @@ class FPN(nn.Module):
         for level in reversed(list(self.lateral)):
             x = self.lateral[level](features["c" + level[1:]])  # [B, channels, H/2^k, W/2^k]
             if above is not None:
-                x.add_(F.interpolate(above, size=x.shape[-2:], mode="nearest"))
+                add_doubled(x, above)
             above = x
             pyramid[level] = self.output[level](x)
         if "p6" in self.levels:
             pyramid["p6"] = pyramid["p5"][:, :, ::2, ::2]
         return {level: pyramid[level] for level in self.levels}
+
+
+def add_doubled(x: Tensor, above: Tensor) -> None:
+    """Add ``above`` [B, C, h, w] to x [B, C, H, W] in place, each pixel to its four; H = 2 h for a padded image."""
+    (height, width), (h, w) = x.shape[-2:], above.shape[-2:]
+    # As a sum of views the doubled map is never written; but the gradient of such a sum is slow on a CPU
+    if (height, width) == (2 * h, 2 * w) and (x.is_cuda or not x.requires_grad):
+        x.view(*x.shape[:2], h, 2, w, 2).add_(above[:, :, :, None, :, None])
+    else:
+        x.add_(F.interpolate(above, size=(height, width), mode="nearest"))
 
 
 def conv_norm(inputs: int, outputs: int, kernel: int, norm: Norm | None) -> nn.Module:

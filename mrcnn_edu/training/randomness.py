@@ -22,8 +22,8 @@ def rng_state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (str(kind), keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        # the current GPU alone: asking for all of them would start a context on each, in each process of a run
-        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
+        # the current GPU alone, and only where one is in use: asking would start a context on it, in each process
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [],
     }
 
 
@@ -42,8 +42,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(keys), gauss))
     numpy.random.set_state(tuple(state["numpy"]))
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) != torch.cuda.is_available():
-        was, now = ("on a GPU" if there else "without a GPU" for there in (state["cuda"], torch.cuda.is_available()))
+    if len(state["cuda"]) != torch.cuda.is_initialized():
+        was, now = ("on a GPU" if there else "without a GPU" for there in (state["cuda"], torch.cuda.is_initialized()))
         log.warning("the checkpoint was made %s, this is %s: the run continues, but draws other numbers", was, now)
     elif state["cuda"]:
         torch.cuda.set_rng_state(state["cuda"][0])

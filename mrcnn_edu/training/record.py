@@ -157,7 +157,7 @@ def drop_after(path: Path, iteration: int) -> None:
 
 def peak_memory_mib() -> float | None:
     """The most memory so far, in MiB: of the GPU if one is used, else of this process; None where it is not told."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+    if torch.cuda.is_initialized() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     try:
         import resource
