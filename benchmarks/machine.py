@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -47,6 +48,15 @@ def processor() -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
+def card() -> str | None:
+    """The first GPU and its driver, or None."""
+    if not torch.cuda.is_available():
+        return None
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    return f"{torch.cuda.get_device_name()}, driver {driver}, CUDA {torch.version.cuda}"
+
+
 def conditions() -> dict[str, float]:
     """Others' load and the rate of a plain copy, which tell how much of the machine was there."""
     return {"load": round(os.getloadavg()[0], 2), "copy_gb_per_s": round(copy_rate() / 1e9, 1)}
@@ -58,6 +68,7 @@ def described() -> dict[str, object]:
         "date": date.today().isoformat(),
         "processor": processor(),
         "cores": os.cpu_count(),
+        "card": card(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "python": platform.python_version(),
@@ -66,9 +77,10 @@ def described() -> dict[str, object]:
 
 def in_words(report: dict) -> str:
     """The same as a sentence."""
-    return "{date}; {processor}, {cores} cores; torch {torch}, torchvision {torchvision}, Python {python}".format(
-        **report
-    )
+    machine = f"{report['date']}; {report['processor']}, {report['cores']} cores"
+    if report.get("card"):
+        machine += f"; {report['card']}"
+    return f"{machine}; torch {report['torch']}, torchvision {report['torchvision']}, Python {report['python']}"
 
 
 def options(doc: str, allocators: Sequence[str], sections: Sequence[str], rounds: int) -> argparse.ArgumentParser:

@@ -146,9 +146,14 @@ def in_a_process(allocator: str, section: str, args: argparse.Namespace) -> list
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
+def only_gpu(report: dict) -> bool:
+    return all(row["allocator"] == "cuda" for row in report["results"] + report["memory"] + report["growth"])
+
+
 def page(report: dict) -> str:
     """The report as a Markdown page."""
-    lines = [f"# The whole model beside torchvision's: {report['processor']}, {report['threads']} threads", ""]
+    where = report["card"] if only_gpu(report) else f"{report['processor']}, {report['threads']} threads"
+    lines = [f"# The whole model beside torchvision's: {where}", ""]
     lines += [f"{in_words(report)}; {report['rounds']} rounds, seconds of the "
               f"{report['clock']} clock. Load {report['before']['load']} before and "
               f"{report['after']['load']} after. Written by benchmarks/model.py, which says what is compared. "
@@ -203,12 +208,17 @@ def main() -> None:
         "clock": args.clock,
         "before": before,
         "after": conditions(),
-        "left_out": "" if has_bf16("cpu") else "No bfloat16 on this processor: it has no instructions for it.",
+        "left_out": ""
+        if has_bf16("cpu") or allocators == ["cuda"]
+        else "No bfloat16 on this processor: it has no instructions for it.",
         "results": [row for section in TASKS for row in found.get(section, [])],
         "memory": [row for section in TASKS for row in found.get(f"{section} memory", [])],
         "growth": found.get("growth", []),
     }
-    write(f"model {report['processor']} {args.threads} threads", report, page(report), args.out)
+    name = f"model {report['processor']} {args.threads} threads"
+    if only_gpu(report):
+        name = f"gpu model {torch.cuda.get_device_name()}"
+    write(name, report, page(report), args.out)
 
 
 if __name__ == "__main__":

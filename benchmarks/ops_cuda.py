@@ -11,23 +11,19 @@ Says so and ends where there is no GPU.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
 
 import torch
 import torchvision
+from machine import described, in_words, write
 from torch import Tensor
 
 from mrcnn_edu import ops
 from mrcnn_edu.ops import backends, vectorized
 
-RESULTS = Path(__file__).parent / "results"
 STRIDES = (4, 8, 16, 32)
 ROUNDS = 30
 
@@ -154,46 +150,35 @@ def measure(dtype: torch.dtype, count: int, size: int) -> dict[str, object]:
     return result
 
 
+def page(report: dict) -> str:
+    """The report as a Markdown page."""
+    lines = ["# RoIAlign and NMS on a GPU, beside torchvision's", ""]
+    lines += [f"{in_words(report)}. Written by benchmarks/ops_cuda.py, which says what is compared.", ""]
+    lines += ["| dtype | rois | bins | what | ours, ms | torchvision, ms | ratio | times the time of its bytes |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for result in report["results"]:
+        for what in ("forward", "forward + backward"):
+            one = result[what]
+            cells = [result["dtype"], result["rois"], f"{result['size']} x {result['size']}", what, one["ours_ms"]]
+            cells += [one["torchvision_ms"], f"{one['ratio']}x", one.get("times_memory_floor", "")]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "NMS of 8000 boxes per image, 1000 of them kept:", ""]
+    lines += ["| images | ours, ms | torchvision, ms | ratio |", "|---|---|---|---|"]
+    lines += [f"| {n['images']} | {n['ours_ms']} | {n['torchvision_ms']} | {n['ratio']}x |" for n in report["nms"]]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     if not torch.cuda.is_available():
         print("There is no GPU here: nothing measured.")
         return
     if "cuda" not in backends.COMPILED_FOR:
         sys.exit(f"The CUDA ops were not built: {ops.backend()}")
-    results = []
-    print(f"{'':28}{'ours':>12}{'torchvision':>14}{'ratio':>8}   (aim 2x)")
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for count, size in ((512, 7), (1000, 7), (512, 14), (1000, 14)):
-            result = measure(dtype, count, size)
-            results.append(result)
-            for name in ("forward", "forward + backward"):
-                one = result[name]
-                floor = f"   {one['times_memory_floor']} x the memory floor" if "times_memory_floor" in one else ""
-                print(
-                    f"{result['dtype']:9}{count:5} {size:2}  {name:19}{one['ours_ms']:>8} ms"
-                    f"{one['torchvision_ms']:>9} ms{one['ratio']:>7}x{floor}"
-                )
-    nms = [suppression(images) for images in (1, 8)]
-    for one in nms:
-        mine, other = one["ours_ms"], one["torchvision_ms"]
-        print(f"NMS of {one['images']} x 8000 boxes {mine:>20} ms{other:>9} ms{one['ratio']:>7}x")
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout.splitlines()
-    report = {
-        "date": date.today().isoformat(),
-        "card": torch.cuda.get_device_name(),
-        "driver": driver[0] if driver else "unknown",
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "results": results,
-        "nms": nms,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "ops-cuda.json"
-    path.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"\nWritten to {path}")
+    cases = [(512, 7), (1000, 7), (512, 14), (1000, 14)]
+    dtypes = (torch.float32, torch.float16, torch.bfloat16)
+    results = [measure(dtype, *case) for dtype in dtypes for case in cases]
+    report = described() | {"results": results, "nms": [suppression(images) for images in (1, 8)]}
+    write(f"gpu ops {torch.cuda.get_device_name()}", report, page(report))
 
 
 if __name__ == "__main__":
