@@ -1,7 +1,7 @@
 // What is left to do after a convolution, in one pass over its result, on CUDA.
 //
-// Chapter 20. cuDNN's convolutions give the bare sums; the bias, a shortcut and the ReLU would each be a pass over all of
-// them. Maps are channels last, and a thread takes as many neighbouring channels as sixteen bytes hold.
+// Chapter 20. cuDNN's convolutions give the bare sums; the bias, a shortcut and the ReLU would each be a pass over all
+// of them. Maps are channels last, and a thread takes as many neighbouring channels as sixteen bytes hold.
 #include "kernels.h"
 #include "numbers.cuh"
 

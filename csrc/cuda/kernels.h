@@ -42,10 +42,10 @@ void images_of_rows(const NmsImages& images, int64_t* image, cudaStream_t stream
 // `gaps` a row whose score is minus infinity is not there, else it is a bad one.
 void nms(
     const float* boxes, const double* scores, const int64_t* order, const int64_t* group, const NmsImages& images,
-    bool gaps, double threshold, int64_t max_keep, unsigned long long* overlap, unsigned long long* removed, int64_t* kept,
-    int64_t* kept_count, BadRow bad_row, cudaStream_t stream);
+    bool gaps, double threshold, int64_t max_keep, unsigned long long* overlap, unsigned long long* removed,
+    int64_t* kept, int64_t* kept_count, BadRow bad_row, cudaStream_t stream);
 
-// map = relu(map + bias + added), channels last; added may be null. `aligned`: all three begin at multiples of 16 bytes.
+// map = relu(map + bias + added), channels last; added may be null. `aligned`: all begin at multiples of 16 bytes.
 void bias_relu(
     Number number, void* map, const void* bias, const void* added, int64_t cells, int64_t channels, bool aligned,
     cudaStream_t stream);

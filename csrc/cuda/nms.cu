@@ -1,7 +1,7 @@
 // Greedy non-maximum suppression on CUDA, of many images at once.
 //
-// Chapter 7 and Chapter 9. First all pairs of an image are compared at once: bit j of row i says that box i would suppress
-// the worse box j. Then one block per image walks through its rows, 64 at a time, and never asks the host.
+// Chapter 7 and Chapter 9. First all pairs of an image are compared at once: bit j of row i says that box i would
+// suppress the worse box j. Then one block per image walks through its rows, 64 at a time, and never asks the host.
 #include "../box_math.h"
 #include "kernels.h"
 
@@ -113,8 +113,8 @@ void images_of_rows(const NmsImages& images, int64_t* image, cudaStream_t stream
 
 void nms(
     const float* boxes, const double* scores, const int64_t* order, const int64_t* group, const NmsImages& images,
-    bool gaps, double threshold, int64_t max_keep, unsigned long long* overlap, unsigned long long* removed, int64_t* kept,
-    int64_t* kept_count, BadRow bad_row, cudaStream_t stream) {
+    bool gaps, double threshold, int64_t max_keep, unsigned long long* overlap, unsigned long long* removed,
+    int64_t* kept, int64_t* kept_count, BadRow bad_row, cudaStream_t stream) {
   const unsigned words = static_cast<unsigned>(images.most_words), number = images.count;
   remove_bad_rows<<<dim3((words * kBits + 255) / 256, number), 256, 0, stream>>>(
       boxes, scores, order, images, gaps, removed, bad_row);

@@ -52,8 +52,8 @@ __device__ __forceinline__ void add(A (&sum)[V], A weight, const T* cell) {
   for (int v = 0; v < V; ++v) sum[v] += weight * to_sum<A>(pack.value[v]);
 }
 
-// The cells that a bin of one or two samples reads along one axis, each once: where the samples share a cell its weights
-// are added. A weight of 0 is no cell.
+// The cells that a bin of one or two samples reads along one axis, each once: where the samples share a cell, its
+// weights are added. A weight of 0 is no cell.
 template <typename A>
 struct Reads {
   int cell[4];
@@ -105,7 +105,8 @@ __device__ __forceinline__ Place locate(const RoiProblem& problem, int64_t item,
   if (problem.rois * problem.bins_y * parts * groups < (int64_t(1) << 31)) {  // 32 bits divide several times as fast
     const uint32_t small = static_cast<uint32_t>(item), bin = small / static_cast<uint32_t>(groups);
     const uint32_t line = bin / parts, bins = static_cast<uint32_t>(problem.bins_y);
-    return {line / bins, small % static_cast<uint32_t>(groups), static_cast<int>(line % bins), static_cast<int>(bin % parts)};
+    return {line / bins, small % static_cast<uint32_t>(groups), static_cast<int>(line % bins),
+            static_cast<int>(bin % parts)};
   }
   const int64_t bin = item / groups, line = bin / parts;
   return {line / problem.bins_y, item % groups, static_cast<int>(line % problem.bins_y), static_cast<int>(bin % parts)};

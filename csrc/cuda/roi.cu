@@ -1,7 +1,8 @@
 // RoI layers on CUDA, forward.
 //
-// Chapter 9. One thread computes one row of bins of one RoI for a few neighbouring channels, or one bin of the row where
-// there are few RoIs. Maps are channels last, so that the threads of a warp read one stretch of memory, sixteen bytes each.
+// Chapter 9. One thread computes one row of bins of one RoI for a few neighbouring channels, or one bin of it where
+// there are few RoIs. Maps are channels last, so that the threads of a warp read one stretch of memory, sixteen bytes
+// each.
 #include "kernels.h"
 #include "numbers.cuh"
 

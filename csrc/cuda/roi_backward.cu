@@ -57,7 +57,8 @@ __global__ void mean_to_cells(RoiProblem problem, const T* gradient, BadRow bad_
     const bool few = few_samples(y_axis, x_axis);
     const Reads<A> y(ys, few ? y_axis.cells : 0);
     const int64_t line = place.roi * problem.bins_y + place.by;
-    const Pack<T, V>* own = reinterpret_cast<const Pack<T, V>*>(gradient) + line * problem.bins_x * groups + place.channel;
+    const Pack<T, V>* own =
+        reinterpret_cast<const Pack<T, V>*>(gradient) + line * problem.bins_x * groups + place.channel;
     for (int bx = 0; bx < problem.bins_x; ++bx) {
       const Samples<A> xs = samples_of_bin(x_axis, bx);
       if (ys.count == 0 || xs.count == 0) continue;

@@ -171,7 +171,7 @@ class FusedBlock(nn.Module):
 
 def conv_relu(conv: nn.Conv2d, x: Tensor, added: Tensor | None = None) -> Tensor:
     """``relu(conv(x) + added)``, in one pass over memory where that can be had; ``added`` may be overwritten by it."""
-    if x.is_cuda and "cuda" in COMPILED_FOR:
+    if x.is_cuda and "cuda" in COMPILED_FOR and not torch.is_autocast_enabled("cuda"):  # one type for map and bias
         y = conv._conv_forward(x, conv.weight, None).contiguous(memory_format=torch.channels_last)
         torch.ops.mrcnn_edu.bias_relu_(y, conv.bias, added)
         return y

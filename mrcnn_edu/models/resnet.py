@@ -51,13 +51,13 @@ class FrozenBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
-    def numbers(self) -> tuple[Tensor, Tensor]:
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """What each channel is multiplied with, and what is then added to it."""
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         return scale, self.bias - self.running_mean * scale
 
     def forward(self, x: Tensor) -> Tensor:
-        scale, shift = (part[:, None, None].to(x.dtype) for part in self.numbers())
+        scale, shift = (part[:, None, None].to(x.dtype) for part in self.scale_and_shift())
         return (x * scale).add_(shift)
 
     def extra_repr(self) -> str:
@@ -71,7 +71,7 @@ def normed(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """
     if not isinstance(norm, FrozenBatchNorm):
         return norm(conv(x))
-    scale, shift = norm.numbers()
+    scale, shift = norm.scale_and_shift()
     return conv._conv_forward(x, conv.weight * scale[:, None, None, None], shift)
 
 
