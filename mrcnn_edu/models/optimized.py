@@ -24,6 +24,7 @@ from mrcnn_edu.models.box_head import BoxHead
 from mrcnn_edu.models.graphed import Graphed
 from mrcnn_edu.models.mask_rcnn import MaskRCNN
 from mrcnn_edu.models.resnet import BasicBlock, Bottleneck, FrozenBatchNorm
+from mrcnn_edu.models.winograd import WinogradConv, hasten
 from mrcnn_edu.ops.backends import COMPILED_FOR
 from mrcnn_edu.structures import Detections, ImageBatch, Proposals, Target
 
@@ -69,6 +70,8 @@ def optimized(model: MaskRCNN, precision: Literal["fp32", "bf16"], graphs: bool)
     parts = {name: deepcopy(part).requires_grad_(False) for name, part in model.named_children()}
     fast = OptimizedMaskRCNN(model.config, **parts).to(model.pixel_mean.device).eval()
     fold_norms(fast)
+    if precision == "fp32":
+        hasten(fast)
     fuse_blocks(fast)
     fuse_rows(fast)
     if isinstance(fast.rpn.conv, nn.Conv2d):
@@ -175,6 +178,8 @@ def conv_relu(conv: nn.Conv2d, x: Tensor, added: Tensor | None = None) -> Tensor
         y = conv._conv_forward(x, conv.weight, None).contiguous(memory_format=torch.channels_last)
         torch.ops.mrcnn_edu.bias_relu_(y, conv.bias, added)
         return y
+    if added is None and isinstance(conv, WinogradConv) and conv.quick(x):
+        return conv.convolve(x, relu=True)
     if not one_pass(x):
         y = conv(x)
         return F.relu_(y if added is None else added.add_(y))
