@@ -70,7 +70,7 @@ def optimized(model: MaskRCNN, precision: Literal["fp32", "bf16"], graphs: bool)
     parts = {name: deepcopy(part).requires_grad_(False) for name, part in model.named_children()}
     fast = OptimizedMaskRCNN(model.config, **parts).to(model.pixel_mean.device).eval()
     fold_norms(fast)
-    if precision == "fp32":
+    if precision == "fp32" and model.pixel_mean.device.type == "cpu":
         hasten(fast)
     fuse_blocks(fast)
     fuse_rows(fast)
