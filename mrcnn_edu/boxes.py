@@ -25,17 +25,20 @@ def area(boxes: Tensor) -> Tensor:
 
 
 def intersection(a: Tensor, b: Tensor) -> Tensor:
-    """Shared areas ``[N, M]`` in square pixels between boxes a ``[N, 4]`` and b ``[M, 4]``."""
-    top_left = torch.maximum(a[:, None, :2], b[None, :, :2])  # [N, M, 2]
-    bottom_right = torch.minimum(a[:, None, 2:], b[None, :, 2:])
+    """Shared areas ``[..., N, M]`` in square pixels between boxes a ``[..., N, 4]`` and b ``[..., M, 4]``."""
+    top_left = torch.maximum(a[..., :, None, :2], b[..., None, :, :2])  # [..., N, M, 2]
+    bottom_right = torch.minimum(a[..., :, None, 2:], b[..., None, :, 2:])
     width, height = (bottom_right - top_left).clamp(min=0).unbind(-1)
     return width * height
 
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
-    """Intersection over union ``[N, M]`` in [0, 1] of boxes a ``[N, 4]`` and b ``[M, 4]``; 0 for two empty boxes."""
+    """Intersection over union ``[..., N, M]`` in [0, 1] of boxes a ``[..., N, 4]`` and b ``[..., M, 4]``.
+
+    Two empty boxes have none. What stands before the rows, such as images of a batch, is broadcast.
+    """
     shared = intersection(a, b)
-    union = area(a)[:, None] + area(b)[None, :] - shared
+    union = area(a)[..., :, None] + area(b)[..., None, :] - shared
     return shared / torch.where(union > 0, union, torch.ones_like(union))
 
 

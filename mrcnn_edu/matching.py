@@ -17,23 +17,23 @@ POSITIVE, NEGATIVE, IGNORED = 1, 0, -1
 def match(iou: Tensor, positive: float, negative: float, keep_best: bool = False) -> tuple[Tensor, Tensor]:
     """Each box's ground truth and whether it counts as positive, negative or neither.
 
-    iou        [G, N] in [0, 1] between G ground-truth boxes and N boxes
+    iou        [..., G, N] in [0, 1] between G ground-truth boxes and N boxes, of one image or of several
     positive   boxes at or above are POSITIVE
     negative   boxes below are NEGATIVE; those in between are IGNORED
     keep_best  also make POSITIVE every box that some ground truth overlaps most, however little (ties included), so
                that no object goes without an anchor
-    returns    matched [N] int64, the row of largest IoU; status [N] int64
+    returns    matched [..., N] int64, the row of largest IoU; status [..., N] int64
 
     With four boxes over one truth, ``match([[.8, .5, .1, 0]], .7, .3)`` gives statuses ``[1, -1, 0, 0]``.
     """
     if iou.numel() == 0:
-        nothing = torch.zeros(iou.shape[1], dtype=torch.int64, device=iou.device)
+        nothing = torch.zeros((*iou.shape[:-2], iou.shape[-1]), dtype=torch.int64, device=iou.device)
         return nothing, nothing + NEGATIVE
-    best, matched = iou.max(dim=0)  # [N]
+    best, matched = iou.max(dim=-2)  # [..., N]
     found = best >= positive
     if keep_best:
-        most = iou.amax(dim=1, keepdim=True)  # [G, 1]
-        found = found | ((iou == most) & (most > 0)).any(dim=0)
+        most = iou.amax(dim=-1, keepdim=True)  # [..., G, 1]
+        found = found | ((iou == most) & (most > 0)).any(dim=-2)
     status = torch.full_like(matched, IGNORED).masked_fill_(best < negative, NEGATIVE).masked_fill_(found, POSITIVE)
     return matched, status
 
@@ -57,6 +57,33 @@ def sample(
 def _draw(rows: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     order = torch.randperm(len(rows), generator=generator, device=rows.device)
     return rows[order[:count]].sort().values
+
+
+def sample_images(status: Tensor, count: int, positive_fraction: float) -> tuple[Tensor, Tensor, Tensor]:
+    """``sample`` for each image of a batch, on a GPU for all of them at once.
+
+    status   [B, N] int64; where an image has fewer rows the rest is IGNORED
+    returns  of all that were drawn, image after image and positives first: image [S] and row [S], both int64, and
+             whether it is a positive [S] bool
+    """
+    if status.is_cuda:
+        return _sample_at_once(status, count, positive_fraction)
+    drawn = [part for image in status for part in sample(image, count, positive_fraction)]
+    kind = torch.arange(len(drawn)).repeat_interleave(torch.tensor([len(part) for part in drawn]))
+    return kind // 2, torch.cat(drawn), kind % 2 == 0
+
+
+def _sample_at_once(status: Tensor, count: int, positive_fraction: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows that lots fall on: a handful of launches for all images, and a single wait for how many they are."""
+    lots = torch.rand(status.shape, device=status.device)
+    most, rows = min(int(count * positive_fraction), status.shape[1]), min(count, status.shape[1])
+    lot, positives = lots.masked_fill(status != POSITIVE, -1).topk(most)
+    other_lot, negatives = lots.masked_fill(status != NEGATIVE, -1).topk(rows)
+    taken = lot >= 0
+    missing = count - taken.sum(dim=1, keepdim=True)
+    filled = (other_lot >= 0) & (torch.arange(rows, device=status.device) < missing)
+    image, place = torch.cat([taken, filled], dim=1).nonzero().unbind(1)
+    return image, torch.cat([positives, negatives], dim=1)[image, place], place < most
 
 
 def split_crowd(target: Target) -> tuple[Target, Tensor]:

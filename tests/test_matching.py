@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.models.detection._utils import Matcher
 
-from mrcnn_edu.matching import IGNORED, NEGATIVE, POSITIVE, ignore_crowd, match, sample, split_crowd, split_crowds
+from mrcnn_edu.matching import (
+    IGNORED,
+    NEGATIVE,
+    POSITIVE,
+    _sample_at_once,
+    ignore_crowd,
+    match,
+    sample,
+    sample_images,
+    split_crowd,
+    split_crowds,
+)
 from mrcnn_edu.structures import Target
 
 # Tenths, so that ties and values exactly on a threshold are common.
@@ -130,6 +141,63 @@ def test_a_generator_repeats_the_draw_and_every_box_has_its_chance():
     generator = torch.Generator().manual_seed(0)
     seen = torch.cat([torch.cat(sample(status, 8, 0.5, generator)) for _ in range(100)])
     assert len(seen.unique()) == 40  # a box is missed 100 times with a chance of 0.8 ** 100
+
+
+# Several images at once -----------------------------------------------------------------------------
+
+
+def test_a_batch_is_matched_as_its_images_are():
+    """Images with fewer truths are filled up with boxes of zeros, which overlap nothing."""
+    torch.manual_seed(0)
+    iou = torch.rand(3, 4, 50)
+    iou[1, 2:] = 0.0
+    iou[2] = 0.0
+    matched, status = match(iou, 0.9, 0.5, keep_best=True)
+    for image, truths in enumerate((4, 2, 0)):
+        alone = match(iou[image, :truths], 0.9, 0.5, keep_best=True)
+        assert torch.equal(status[image], alone[1]) and (matched[image] == alone[0])[status[image] == POSITIVE].all()
+    matched, status = match(torch.zeros(2, 0, 5), 0.7, 0.3)
+    assert matched.tolist() == [[0] * 5] * 2 and status.tolist() == [[NEGATIVE] * 5] * 2
+
+
+def test_images_are_sampled_one_after_the_other():
+    status = torch.stack([statuses(9, 20, 1), statuses(0, 30, 0), statuses(2, 3, 25), statuses(0, 0, 30)])
+    torch.manual_seed(3)
+    wanted = [sample(image, 8, 0.5) for image in status]
+    torch.manual_seed(3)
+    image, row, positive = sample_images(status, 8, 0.5)
+    assert row.tolist() == [number for pair in wanted for part in pair for number in part.tolist()]
+    assert image.tolist() == [0] * 8 + [1] * 8 + [2] * 5
+    assert positive.tolist() == [True] * 4 + [False] * 4 + [False] * 8 + [True] * 2 + [False] * 3
+
+
+images_of = st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=4)
+
+
+@given(images_of, st.integers(0, 25), st.sampled_from([0, 0.25, 0.5, 1]))
+def test_what_lots_fall_on(images, count, fraction):
+    """The GPU's way: of each image as many of each kind as ``sample`` draws, none twice, positives first."""
+    status = torch.stack([statuses(*image, 24 - sum(image)) for image in images])
+    torch.manual_seed(1)
+    image, row, positive = _sample_at_once(status, count, fraction)
+    assert torch.equal(status[image, row], torch.where(positive, POSITIVE, NEGATIVE))
+    assert (image.diff() >= 0).all() and len(set(zip(image.tolist(), row.tolist()))) == len(row)
+    assert all((positive[image == number].int().diff() <= 0).all() for number in range(len(images)))
+    for number, (positives, negatives) in enumerate(images):
+        chosen = int(positive[image == number].sum())
+        assert chosen == min(positives, int(count * fraction))
+        assert int((image == number).sum()) == chosen + min(negatives, count - chosen)
+
+
+def test_every_row_may_draw_a_lot():
+    status = torch.stack([statuses(20, 20, 0), statuses(3, 37, 0)])
+    torch.manual_seed(0)
+    seen = [set(), set()]
+    for _ in range(100):
+        image, row, _ = _sample_at_once(status, 8, 0.5)
+        for number in (0, 1):
+            seen[number] |= set(row[image == number].tolist())
+    assert list(map(len, seen)) == [40, 40]  # one is missed 100 times with a chance of 0.87 ** 100 at most
 
 
 # Crowds ---------------------------------------------------------------------------------------------

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from mrcnn_edu import boxes as box_ops
 from mrcnn_edu.losses import box_loss, classification_loss, roi_losses
-from mrcnn_edu.matching import IGNORED, POSITIVE, ignore_crowd, match, sample
+from mrcnn_edu.matching import IGNORED, POSITIVE, ignore_crowd, match, sample_images
 from mrcnn_edu.models.mask_head import conv_stack, fc_stack, initialise_fc
 from mrcnn_edu.models.resnet import Norm
 from mrcnn_edu.ops import nms, nms_of_images
@@ -96,9 +97,33 @@ def sample_rois(
 
     proposals, target, crowd  as in ``label_rois``
     """
-    rois, status = label_rois(proposals, target, crowd, positive_iou, crowd_overlap)
-    positives, negatives = sample(status, count, positive_fraction)
-    return rois[torch.cat([positives, negatives]).sort().values]
+    return sample_rois_of_images([(proposals, target, crowd)], count, positive_fraction, positive_iou, crowd_overlap)[0]
+
+
+@torch.no_grad()
+def sample_rois_of_images(
+    images: list[tuple[Proposals, Target, Tensor]],
+    count: int,
+    positive_fraction: float,
+    positive_iou: float,
+    crowd_overlap: float | None = None,
+) -> list[Samples]:
+    """``sample_rois`` for each image of a batch, given as (proposals, target, crowd); a GPU is asked once for all."""
+    labelled = [label_rois(*image, positive_iou, crowd_overlap) for image in images]
+    status = pad_sequence([part for _, part in labelled], batch_first=True, padding_value=IGNORED)
+    image, row, _ = sample_images(status, count, positive_fraction)
+    return [rois[rows.sort().values] for (rois, _), rows in zip(labelled, by_image(image, row, len(images)))]
+
+
+def positive_rows(samples: list[Samples]) -> list[Tensor]:
+    """The rows of each image's positives; a GPU is asked for all images at once."""
+    labels = pad_sequence([part.labels for part in samples], batch_first=True)  # filled up with background
+    return by_image(*(labels > 0).nonzero().unbind(1), len(samples))
+
+
+def by_image(image: Tensor, row: Tensor, images: int) -> list[Tensor]:
+    """The rows [S] of each image; ``image [S]`` says which one a row belongs to, in order."""
+    return list(row.split(image.bincount(minlength=images).tolist()))
 
 
 def candidate_rois(

@@ -30,7 +30,8 @@ from mrcnn_edu.models.box_head import (
     candidate_rois,
     detect_boxes,
     hardest_rois,
-    sample_rois,
+    positive_rows,
+    sample_rois_of_images,
 )
 from mrcnn_edu.models.keypoint_head import KeypointHead, keypoint_head_loss, keypoint_rows, rows_with_keypoints
 from mrcnn_edu.models.mask_head import MaskHead, MLPMaskHead, build_mask_head, mask_head_loss, own_masks
@@ -192,7 +193,7 @@ class MaskRCNN(nn.Module):
         )
         if self.mask_head is not None:
             branch = self.config.mask
-            rows = [at_most((part.labels > 0).nonzero()[:, 0], branch.rois_per_image) for part in samples]
+            rows = [at_most(positives, branch.rois_per_image) for positives in positive_rows(samples)]
             chosen = [part[some] for part, some in zip(samples, rows)]
             logits = self.mask_head(self.maps_of(rows, self.mask_features, features, samples, maps))
             losses["mask"] = mask_head_loss(
@@ -217,7 +218,7 @@ class MaskRCNN(nn.Module):
         images = list(zip(proposals, targets, crowds))
         if box.sampling == "random":
             numbers = (box.rois_per_image, box.positive_fraction, box.positive_iou, rules.crowd_overlap)
-            return [sample_rois(*image, *numbers) for image in images]
+            return sample_rois_of_images(images, *numbers)
         candidates = [candidate_rois(*image, box.positive_iou, rules.crowd_overlap) for image in images]
         with torch.no_grad():
             boxes = [part.boxes for part in candidates]

@@ -10,14 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from mrcnn_edu import boxes as box_ops
 from mrcnn_edu.anchors import Rounding, cell_anchors, grid_anchors, inside
 from mrcnn_edu.losses import box_loss, objectness_loss
-from mrcnn_edu.matching import IGNORED, ignore_crowd, match, sample
+from mrcnn_edu.matching import IGNORED, ignore_crowd, match, sample_images
 from mrcnn_edu.models.conv3x3 import Conv3x3
 from mrcnn_edu.ops import nms_of_images
 from mrcnn_edu.structures import Proposals, Size, Target
+
+AT_ONCE = (2**21, 2**25)  # numbers in a table of IoUs: what a processor's cache has room for, and what a GPU has
 
 
 class Guess(NamedTuple):
@@ -148,22 +151,24 @@ def rpn_losses(
     crowd_overlap  negatives with this share of themselves inside a crowd region are ignored
     divisor        "sampled": the anchors really drawn; "batch": ``batch_per_image`` for every image
     """
-    chosen, truths, counts = [], [], []  # the anchors drawn from each image, positives first
-    for target, crowd, size in zip(targets, crowds, sizes):
-        matched, status = match(box_ops.iou(target.boxes, guess.anchors), positive_iou, negative_iou, keep_best=True)
-        status = ignore_crowd(status, guess.anchors, crowd, crowd_overlap)
-        if straddle is not None:
-            status = torch.where(inside(guess.anchors, size, straddle), status, IGNORED)
-        positives, negatives = sample(status, batch_per_image, positive_fraction)
-        chosen += [positives, negatives]
-        truths.append(target.boxes[matched[positives]])
-        counts += [len(positives), len(negatives)]
-    # From here on all images at once, since a GPU is done with small tensors before it has been told the next step.
-    anchor, numbers, images = torch.cat(chosen), torch.tensor(counts), torch.arange(len(targets))
-    image = images.repeat_interleave(2).repeat_interleave(numbers)
-    positive = torch.tensor([True, False]).repeat(len(targets)).repeat_interleave(numbers)
-    image, positive, found = (part.to(anchor.device) for part in (image, positive, positive.nonzero()[:, 0]))
-    wanted = box_ops.encode(torch.cat(truths), guess.anchors[anchor[found]], plus_one=plus_one)
+    # All images at once, since a GPU is done with small tensors before it has been told the next step
+    truths = pad_sequence([target.boxes for target in targets], batch_first=True)  # [B, G, 4]; zeros overlap nothing
+    cells = max(truths.shape[1] * len(guess.anchors), 1)
+    at_once = max(AT_ONCE[truths.device.type == "cuda"] // cells, 1)
+    parts = []
+    for some in truths.split(at_once):
+        parts.append(match(box_ops.iou(some, guess.anchors), positive_iou, negative_iou, keep_best=True))
+    matched, status = (torch.cat(part) for part in zip(*parts))  # [B, N]
+    for number, crowd in enumerate(crowds):
+        if len(crowd):
+            status[number] = ignore_crowd(status[number], guess.anchors, crowd, crowd_overlap)
+    if straddle is not None:
+        taking_part = torch.stack([inside(guess.anchors, size, straddle) for size in sizes])
+        status = torch.where(taking_part, status, IGNORED)
+    image, anchor, positive = sample_images(status, batch_per_image, positive_fraction)
+    found = positive.nonzero()[:, 0]
+    truth = truths[image[found], matched[image[found], anchor[found]]]
+    wanted = box_ops.encode(truth, guess.anchors[anchor[found]], plus_one=plus_one)
     count = max(len(anchor) if divisor == "sampled" else batch_per_image * len(targets), 1)
     return {
         "objectness": objectness_loss(guess.objectness[image, anchor], positive, count),

@@ -211,14 +211,15 @@ def clip_gradients(run: Run, settings: TrainConfig, image_ids: list[int]) -> flo
     Raises FloatingPointError when it is not finite. With fp16 it may be: the scaler then skips the step and halves its
     scale, and only when there is nothing left to halve does the run stop.
     """
-    parameters = [(name, p) for name, p in run.model.named_parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for _, p in parameters])
+    parameters = [p for group in run.optimiser.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if not math.isfinite(norm) and not (run.scaler.is_enabled() and run.scaler.get_scale() > MIN_LOSS_SCALE):
-        bad = [name for name, p in parameters if not bool(p.grad.isfinite().all())]
+        named = run.model.named_parameters()
+        bad = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
         found = f"first in {bad[0]}" if bad else "too large to be squared"
         raise FloatingPointError(f"the gradient is not finite, {found}; {where(run, image_ids)}")
     if settings.clip_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_([p for _, p in parameters], settings.clip_norm, norm)
+        torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip_norm, norm)
     return norm.item()
 
 
