@@ -44,6 +44,7 @@ def test_four_and_four_are_eight(folder: Path, tmp_path: Path) -> None:
             config = with_train(schedule="step", steps=(), iterations=iterations)
             train(config, tiny_model(), data, None, tmp_path / out, resume=iterations > parts[0], **options)
     whole, parts = (checkpoint.load(tmp_path / out)[0]["model"] for out in ("whole", "parts"))
+    del whole["keypoint_head.deconv.bias"]  # a softmax does not feel it: AdamW makes its steps of rounding alone
     for name, value in whole.items():
         torch.testing.assert_close(parts[name], value, rtol=1e-2, atol=1e-3, msg=name)
 
