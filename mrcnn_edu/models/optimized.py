@@ -5,9 +5,9 @@ Chapter 20 (speed). Paper: Section 3.1, Inference, and the times of Section 4.4.
 What costs time on the way through the network is memory as much as arithmetic: a batch norm and a ReLU each read and
 write a whole map to do almost nothing with it. So fixed norms become part of the convolutions before them, ReLU and sum
 are done while a convolution writes its result, and every map keeps the channels of a pixel together (channels_last), as
-the fast convolutions and RoIAlign want it. On a processor wide 3x3 convolutions make do with a quarter of their products
-(``winograd``). Or the weights may be bfloat16: half the bytes, and on processors that have the instructions twice the
-arithmetic or more.
+the fast convolutions and RoIAlign want it. On a processor wide 3x3 convolutions make do with a quarter of their
+products (``winograd``). Or the weights may be bfloat16: half the bytes, and on processors that have the instructions
+twice the arithmetic or more.
 """
 
 from __future__ import annotations

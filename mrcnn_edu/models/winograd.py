@@ -2,12 +2,15 @@
 
 Chapter 20 (speed). Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (2016), F(4x4, 3x3).
 
-Neighbouring results share most of what they are made of. In a row, four results of a kernel of three see six cells d:
-coefficients of a product of polynomials. Such a product is known by its values at six points (one of them infinity),
-and at a point it is a single multiplication: ``y = A.T @ ((G @ g) * (B.T @ d))``, where A, G and B take polynomials to
-their values and back. In both directions that makes 36 multiplications for a tile of 4 x 4 results, where 144 stand in
-the definition. They are summed over the channels, so for each of the 36 points there is one matrix product; and the
-change of basis, once per channel and not per pair of channels, is cheap where channels are many.
+Neighbouring results share most of what they are made of. The product of polynomials with three and with four
+coefficients has six, and is known by its values at six points, one of them infinity: six multiplications, not twelve.
+With matrices G and A that take three and four coefficients to their values, and B, the inverse of the one for six, it
+is ``B @ ((G @ g) * (A @ h))``. The same, transposed, is a row of a convolution, four results from the six cells d that
+a kernel g sees for them: ``A.T @ ((G @ g) * (B.T @ d))``.
+
+In both directions that makes 36 multiplications for a tile of 4 x 4 results, where the definition has 144. They are
+summed over the channels, so each of the 36 points has one matrix product. Taking the cells to the points costs as much
+for each channel, not for each pair of channels, and so next to nothing where channels are many.
 """
 
 from __future__ import annotations
