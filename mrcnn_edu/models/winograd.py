@@ -36,8 +36,14 @@ def values(degree: int) -> Tensor:
 
 
 A, G, B = values(TILE - 1), values(TAPS - 1), torch.linalg.inv(values(SIDE - 1))
-TO_POINTS = torch.kron(B.T.contiguous(), B.T.contiguous()).float()  # [36, 36]: both directions at once
-FROM_POINTS = torch.kron(A.T.contiguous(), A.T.contiguous()).float()  # [16, 36]
+TO_POINTS, FROM_POINTS = B.T.float().contiguous(), A.T.float().contiguous()  # [6, 6] and [4, 6]
+
+
+def both_ways(matrix: Tensor, tiles: Tensor, half: Tensor, out: Tensor) -> None:
+    """``matrix @ tile @ matrix.T`` for every tile, [m, n] and [n * n, numbers] to ``out`` [m * m, numbers]."""
+    m, n = matrix.shape
+    torch.mm(matrix, tiles.view(n, -1), out=half.view(m, -1))
+    torch.bmm(matrix.expand(m, m, n), half.view(m, n, -1), out=out.view(m, m, -1))
 
 
 class WinogradConv(nn.Conv2d):
@@ -84,14 +90,14 @@ class WinogradConv(nn.Conv2d):
             size = tiles.shape[:3]
             count = size.numel()
             seen = room("seen", SIDE, SIDE, *size, channels).copy_(tiles.permute(4, 5, 0, 1, 2, 3))
-            points = room("points", SIDE**2, count * channels)
-            torch.mm(TO_POINTS, seen.view(SIDE**2, -1), out=points)
+            points = room("points", SIDE**2, count, channels)
+            both_ways(TO_POINTS, seen, room("half", SIDE**2, count, channels), points)
             products = room("products", SIDE**2, count, outputs)
-            torch.bmm(points.view(SIDE**2, count, channels), self.at_points, out=products)
-            made = room("made", TILE**2, count * outputs)
-            torch.mm(FROM_POINTS, products.view(SIDE**2, -1), out=made)
+            torch.bmm(points, self.at_points, out=products)
+            made = room("made", TILE**2, count, outputs)
+            both_ways(FROM_POINTS, products, room("other half", TILE * SIDE, count, outputs), made)
             if self.bias is not None:
-                made.view(-1, outputs).add_(self.bias)
+                made.add_(self.bias)
             made = (made.relu_() if relu else made).view(TILE, TILE, *size, outputs).permute(2, 3, 0, 4, 1, 5)
             made = made.reshape(size[0], bottom - top, columns * TILE, outputs)
             out[i : i + some_images, top:bottom] = made[:, : height - top, :width]
