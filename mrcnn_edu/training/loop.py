@@ -218,7 +218,7 @@ def clip_gradients(run: Run, settings: TrainConfig, image_ids: list[int]) -> flo
         bad = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
         found = f"first in {bad[0]}" if bad else "too large to be squared"
         raise FloatingPointError(f"the gradient is not finite, {found}; {where(run, image_ids)}")
-    if settings.clip_norm is not None:
+    if settings.clip_norm is not None and norm > settings.clip_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, settings.clip_norm, norm)
     return norm.item()
 
