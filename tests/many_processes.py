@@ -64,18 +64,14 @@ def plain_model() -> MaskRCNN:
     return build_model(PLAIN_MODEL)
 
 
-def processes(size: int, folder: Path, work: Callable[[int], Any], local: bool = True) -> None:
-    """Fork so many processes that form one ``torch.distributed`` world, and wait until they have left their outcome.
-
-    local  they know that all of them are on one machine, as torchrun tells them, and share memory
-    """
+def processes(size: int, folder: Path, work: Callable[[int], Any]) -> None:
+    """Fork so many processes that form one ``torch.distributed`` world, and wait until they have left their outcome."""
     folder.mkdir(parents=True)
     children = []
     for rank in range(size):
         child = os.fork()
         if child == 0:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-            os.environ |= {"LOCAL_WORLD_SIZE": str(size)} if local else {}
             _run(rank, size, folder, work)
             os._exit(0)
         children.append(child)
@@ -154,9 +150,8 @@ def resuming(out: Path, data: CocoDataset, streets: CityscapesDataset) -> None:
 
 
 def stopping(out: Path, data: CocoDataset) -> None:
-    """Six iterations in one go, also by sockets; and with one of the two told to stop in the second, then resumed."""
+    """Six iterations in one go; and with one of the two processes told to stop in the second, then resumed."""
     processes(2, out / "undisturbed", lambda _: training(data, out / "run"))
-    processes(2, out / "by-sockets", lambda _: training(data, out / "sockets-run"), local=False)
 
     def told(rank: int) -> int:
         model = tiny_model()

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -23,11 +22,10 @@ from mrcnn_edu.data.shapes import write
 from mrcnn_edu.fields import to_json
 from mrcnn_edu.models.mask_rcnn import MaskRCNN, build_model
 from mrcnn_edu.structures import ImageBatch, Proposals, Target
-from mrcnn_edu.training import checkpoint, setup, shared_mean
-from mrcnn_edu.training.distributed import ALONE, TIMEOUT, Elsewhere, World, told_of_loss
+from mrcnn_edu.training import checkpoint, setup
+from mrcnn_edu.training.distributed import ALONE, TIMEOUT, Elsewhere, told_of_loss
 from mrcnn_edu.training.loop import train
 from mrcnn_edu.training.schedule import in_words, linear_rule
-from mrcnn_edu.training.shared_mean import SharedMean
 from mrcnn_edu.training.stopping import Stopped
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs fork and gloo")
@@ -89,34 +87,6 @@ def test_processes_and_parts_give_the_gradients_of_one(scenarios: Path, world: i
         torch.testing.assert_close(shared[name] - before, step, rtol=1e-3, atol=2e-7, msg=name)
         moved = max(moved, step.abs().max().item() if step.is_floating_point() else 0.0)
     assert moved > 1e-2  # thousands of times the tolerance
-
-
-def test_shared_memory_gives_the_bits_of_sockets(scenarios: Path) -> None:
-    """Two numbers have one mean, whichever way they come together."""
-    assert [outcome["result"] for outcome in outcomes(scenarios, "by-sockets")] == [6, 6]
-    assert_same_end(scenarios / "run", scenarios / "sockets-run")
-
-
-def test_the_mean_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other process has written 3 and 5 into each area; whatever lies behind a small bucket is nobody's."""
-    monkeypatch.setattr(shared_mean.dist, "barrier", lambda group: None)
-    areas = torch.full((2, 2, 3), torch.nan)
-    areas[:, 0, :2] = torch.tensor([3.0, 5.0])
-    mean = SharedMean(World(rank=1, size=2), areas)
-    for turn in range(3):
-        gradients = torch.tensor([1.0, turn])
-        found = mean.average(Mock(**{"buffer.return_value": gradients}))
-        assert found.value() is gradients and gradients.tolist() == [2.0, (5 + turn) / 2]  # in place
-
-
-def test_memory_that_is_not_there_is_not_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_mean, "MEMORY", tmp_path)
-    path = shared_mean._reserve(4096)
-    assert os.path.getsize(path) == 4096 and Path(path).parent == tmp_path
-    os.unlink(path)
-    assert shared_mean._reserve(2**62) is None and not any(tmp_path.iterdir())  # no disk has room for that
-    monkeypatch.setattr(shared_mean, "MEMORY", tmp_path / "none")
-    assert shared_mean._reserve(4096) is None
 
 
 def drawn(instances: list[int]) -> tuple[list[torch.Tensor], list[Target], list[Proposals]]:

@@ -211,7 +211,7 @@ def clip_gradients(run: Run, settings: TrainConfig, image_ids: list[int]) -> flo
     Raises FloatingPointError when it is not finite. With fp16 it may be: the scaler then skips the step and halves its
     scale, and only when there is nothing left to halve does the run stop.
     """
-    parameters = [p for group in run.optimiser.param_groups for p in group["params"] if p.grad is not None]
+    parameters = [p for p in run.model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
     if not math.isfinite(norm) and not (run.scaler.is_enabled() and run.scaler.get_scale() > MIN_LOSS_SCALE):
         named = run.model.named_parameters()

@@ -24,7 +24,6 @@ from mrcnn_edu.training.checkpoint import Run, write_json
 from mrcnn_edu.training.distributed import ALONE, World
 from mrcnn_edu.training.randomness import rng_state, seed_rng
 from mrcnn_edu.training.schedule import WeightAverage, build_optimiser
-from mrcnn_edu.training.shared_mean import share_gradients
 
 log = logging.getLogger(__name__)
 
@@ -67,11 +66,7 @@ def start(
         rng = rng_state()
     if settings.compile:
         compile_parts(model)
-    if world.size > 1:
-        run.replica = replicate(model)
-        share_gradients(run.replica, world)
-    else:
-        run.replica = model
+    run.replica = model if world.size == 1 else replicate(model)
     world.from_first(lambda: write_json(folder / "config.json", to_json(config)))
     return run, rng
 
