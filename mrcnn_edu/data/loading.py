@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from mrcnn_edu.config import DataConfig
 from mrcnn_edu.data.coco import CocoDataset
@@ -229,7 +229,7 @@ class PackedBatch:
 
     images: ImageBatch
     rows: Target  # of all images, one after the other, without masks
-    masks: Tensor | None  # all pixels of all masks, one after the other
+    masks: Tensor | list[Tensor] | None  # all pixels of all masks, one after the other; without a worker as they are
     counts: list[int]  # instances per image
     image_ids: list[int]
 
@@ -243,22 +243,25 @@ class PackedBatch:
         batch = replace(ImageBatch.collate(list(images), list(original_sizes)), mirrored=list(mirrored))
         masks = None
         if targets[0].masks is not None:
-            masks = torch.cat([target.masks.reshape(-1) for target in targets])
+            masks = [target.masks for target in targets]
+            if get_worker_info() is not None:
+                masks = torch.cat([part.reshape(-1) for part in masks])
         rows = Target.cat([Target(t.boxes, t.labels, None, t.keypoints, t.crowd) for t in targets])
         return cls(batch, rows, masks, [len(target) for target in targets], list(image_ids))
 
     def pin_memory(self) -> PackedBatch:
         """The same batch in page-locked memory."""
-        masks = None if self.masks is None else self.masks.pin_memory()
+        masks = [part.pin_memory() for part in self.masks] if isinstance(self.masks, list) else self.masks
+        masks = masks.pin_memory() if isinstance(masks, Tensor) else masks
         return PackedBatch(self.images.pin_memory(), self.rows.pin_memory(), masks, self.counts, self.image_ids)
 
     def unpack(self) -> Batch:
         """The images, one Target per image, and the image ids."""
         targets, row, pixel = [], 0, 0
-        for count, (height, width) in zip(self.counts, self.images.sizes):
+        for image, (count, (height, width)) in enumerate(zip(self.counts, self.images.sizes)):
             part = self.rows[row : row + count]
-            masks = None
-            if self.masks is not None:
+            masks = self.masks[image] if isinstance(self.masks, list) else None
+            if isinstance(self.masks, Tensor):
                 masks = self.masks[pixel : pixel + count * height * width].reshape(count, height, width)
             targets.append(Target(part.boxes, part.labels, masks, part.keypoints, part.crowd))
             row, pixel = row + count, pixel + count * height * width
