@@ -88,7 +88,7 @@ def run_apart(area: Area, cases: int) -> Report:
 
 
 def test_the_harness_sees_crashes_hangs_memory_and_wrong_answers():
-    report = run_apart(Area("harmful", "", harmful, 0, 0, seconds=0.5, memory=100, chunk=10), 10)
+    report = run_apart(Area("harmful", "", harmful, 0, 0, seconds=2, memory=100, chunk=10), 10)
     assert report.cases == 10 and report.outcomes == {"well": 7}
     kinds = {fault["case"]: fault["kind"] for fault in report.faults if fault["kind"] != "memory"}
     assert kinds == {3: "signal SIGABRT", 5: "hang", 6: "wrong"}
