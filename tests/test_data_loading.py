@@ -89,6 +89,22 @@ def test_an_image_looks_different_in_each_epoch(dataset):
     assert len(set(looks)) >= 3
 
 
+@pytest.mark.parametrize("worker", [None, object()], ids=["in the process", "in a worker"])
+def test_a_packed_batch_loses_nothing(dataset, worker, monkeypatch):
+    """Whether masks are joined for their way between processes or not; a copy stands for page-locked memory."""
+    monkeypatch.setattr(loading, "get_worker_info", lambda: worker)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+    samples = [(*dataset[index], (64, 64), index, False) for index in range(4)]
+    packed = loading.PackedBatch.collate(samples)
+    assert isinstance(packed.masks, list) == (worker is None)
+    for batch in (packed, packed.pin_memory()):
+        images, targets, ids = batch.unpack()
+        assert ids == [0, 1, 2, 3] and images.sizes == [(64, 64)] * 4
+        for target, (_, wanted, *_) in zip(targets, samples, strict=True):
+            for field in fields(Target):
+                assert torch.equal(getattr(target, field.name), getattr(wanted, field.name)), field.name
+
+
 def test_ranks_share_the_batches_of_one(dataset):
     whole = list(islice(train_loader(dataset, CONFIG, 6, seed=2), 9))
     for world in (1, 2, 3):

@@ -154,7 +154,7 @@ def rpn_losses(
     # All images at once, since a GPU is done with small tensors before it has been told the next step
     truths = pad_sequence([target.boxes for target in targets], batch_first=True)  # [B, G, 4]; zeros overlap nothing
     cells = max(truths.shape[1] * len(guess.anchors), 1)
-    at_once = max(AT_ONCE[truths.device.type == "cuda"] // cells, 1)
+    at_once = max(AT_ONCE[truths.is_cuda] // cells, 1)
     parts = []
     for some in truths.split(at_once):
         parts.append(match(box_ops.iou(some, guess.anchors), positive_iou, negative_iou, keep_best=True))
